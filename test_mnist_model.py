@@ -1,0 +1,310 @@
+"""Tests of mnist_cnn.py and of the checkpoint that it comes with, on real MNIST.
+
+Tests that need MNIST are skipped where it cannot be had; in CI they fail instead.
+"""
+
+import math
+import os
+import re
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mnist_cnn
+from mnist_cnn import EpochMetrics, HyperParameters, TinyCNN
+
+MODULE = Path(mnist_cnn.__file__)
+CHECKPOINT = MODULE.with_name("best_mnist_model.pth")
+
+# Each convolution's and linear layer's weight shape, then each BatchNorm's number of channels.
+WEIGHTS = {
+    "conv1.0": (4, 1, 3, 3),
+    "conv1.2": (8, 4, 3, 3),
+    "conv2.0": (12, 8, 3, 3),
+    "conv2.3": (16, 12, 3, 3),
+    "conv3.0": (20, 16, 3, 3),
+    "conv3.4": (16, 20, 3, 3),
+    "conv4.0": (16, 16, 3, 3),
+    "conv4.4": (16, 16, 1, 1),
+    "fc.1": (10, 784),
+}
+BATCH_NORMS = {"conv2.1": 12, "conv2.4": 16, "conv3.1": 20, "conv3.5": 16, "conv4.1": 16}
+
+
+@pytest.fixture(scope="session")
+def params() -> HyperParameters:
+    """The defaults, where MNIST is there or can be downloaded."""
+    params = HyperParameters()
+    try:
+        mnist_cnn.load_mnist(params.data_dir, train=True)
+    except FileNotFoundError as error:
+        (pytest.fail if "CI" in os.environ else pytest.skip)(str(error))
+    return params
+
+
+@pytest.fixture
+def small_mnist(params: HyperParameters, monkeypatch: pytest.MonkeyPatch) -> HyperParameters:
+    """One epoch on 1,000 training images, with 1,000 more for validation and 500 for the test."""
+    sets = {train: mnist_cnn.load_mnist(params.data_dir, train) for train in (True, False)}
+    sizes = {True: 2_000, False: 500}
+    monkeypatch.setattr(
+        mnist_cnn,
+        "load_mnist",
+        lambda _, train: tuple(tensor[: sizes[train]] for tensor in sets[train]),
+    )
+    return replace(params, num_epochs=1, validation_size=1_000)
+
+
+def run_script(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    data_dir = str(Path(HyperParameters().data_dir).resolve())
+    return subprocess.run(
+        [sys.executable, MODULE, *arguments],
+        cwd=cwd,
+        env=os.environ | {"MNIST_DATA_DIR": data_dir} | environment,
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )
+
+
+# ---- The model ----------------------------------------------------------------------------------
+
+
+def layers(kind: type[nn.Module]) -> list[nn.Module]:
+    return [layer for layer in TinyCNN().modules() if isinstance(layer, kind)]
+
+
+def test_parameter_count_is_19354_and_below_20000() -> None:
+    count = sum(parameter.numel() for parameter in TinyCNN().parameters())
+    assert count < 20_000
+    assert count == 19_354
+
+
+def test_uses_batch_normalization() -> None:
+    assert [layer.num_features for layer in layers(nn.BatchNorm2d)] == list(BATCH_NORMS.values())
+
+
+def test_uses_dropout() -> None:
+    assert [layer.p for layer in layers(nn.Dropout2d) + layers(nn.Dropout)] == [0.25] * 3
+    assert {layer.p for layer in TinyCNN(0.1).modules() if hasattr(layer, "p")} == {0.1}
+
+
+def test_ends_in_a_fully_connected_layer() -> None:
+    (linear,) = layers(nn.Linear)
+    assert linear is not None
+    assert (linear.in_features, linear.out_features) == (784, 10)
+
+
+def test_state_dict_has_the_published_keys_and_shapes() -> None:
+    expected = {f"{name}.weight": shape for name, shape in WEIGHTS.items()}
+    expected |= {f"{name}.bias": shape[:1] for name, shape in WEIGHTS.items()}
+    for name, channels in BATCH_NORMS.items():
+        for statistic in ("weight", "bias", "running_mean", "running_var"):
+            expected[f"{name}.{statistic}"] = (channels,)
+        expected[f"{name}.num_batches_tracked"] = ()
+    assert {key: tuple(t.shape) for key, t in TinyCNN().state_dict().items()} == expected
+
+
+def test_torchsummary_table(capsys: pytest.CaptureFixture[str]) -> None:
+    from torchsummary import summary
+
+    summary(TinyCNN(), (1, 28, 28), device="cpu")
+    table = capsys.readouterr().out
+    rows = re.findall(r"^ +(\w+-\d+) +(\[.*\]) +([\d,]+)$", table, re.MULTILINE)
+    assert rows[0] == ("Conv2d-1", "[-1, 4, 28, 28]", "40")
+    assert rows[-1] == ("Linear-27", "[-1, 10]", "7,850")
+    parameters = [int(row[2].replace(",", "")) for row in rows]
+    assert parameters == (
+        [40, 0, 296, 0, 876, 24, 0, 1744, 32, 0, 0, 2900, 40, 0]
+        + [0, 2896, 32, 0, 0, 2320, 32, 0, 0, 272, 0, 0, 7850]
+    )
+    assert "Trainable params: 19,354" in table
+
+
+def reference_forward(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+    """TinyCNN in eval mode, written as one formula a layer from the published description."""
+
+    def conv(name: str, x: Tensor) -> Tensor:
+        weight = weights[f"{name}.weight"]
+        return F.conv2d(x, weight, weights[f"{name}.bias"], padding=weight.shape[-1] // 2)
+
+    def norm(name: str, x: Tensor) -> Tensor:
+        mean, var, weight, bias = (
+            weights[f"{name}.{key}"].view(-1, 1, 1)
+            for key in ("running_mean", "running_var", "weight", "bias")
+        )
+        return (x - mean) / (var + 1e-5).sqrt() * weight + bias
+
+    x = conv("conv1.2", conv("conv1.0", x).relu()).relu()
+    x = norm("conv2.4", conv("conv2.3", norm("conv2.1", conv("conv2.0", x)).relu())).relu()
+    x = F.max_pool2d(x, 2)
+    x = norm("conv3.5", conv("conv3.4", norm("conv3.1", conv("conv3.0", x)).relu())).relu()
+    x = F.max_pool2d(x, 2)
+    x = conv("conv4.4", norm("conv4.1", conv("conv4.0", x)).relu()).relu()
+    return x.flatten(1) @ weights["fc.1.weight"].T + weights["fc.1.bias"]
+
+
+def test_loads_a_state_dict_written_elsewhere_and_computes_what_it_means(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    weights = {
+        key: torch.rand(tensor.shape) if tensor.is_floating_point() else tensor
+        for key, tensor in TinyCNN().state_dict().items()
+    }
+    weights = {k: t - 0.5 if k.endswith(("weight", "bias")) else t for k, t in weights.items()}
+    torch.save(weights, tmp_path / "elsewhere.pth")
+    model = mnist_cnn.load_checkpoint(tmp_path / "elsewhere.pth", HyperParameters()).cpu()
+    images = torch.randn(8, 1, 28, 28)
+    logits = model(images)
+    assert logits.shape == (8, 10)
+    torch.testing.assert_close(logits, reference_forward(weights, images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("blocks", "size"), [(1, 5), (2, 10), (3, 20), (4, 28)])
+def test_receptive_field(blocks: int, size: int) -> None:
+    """How far the gradient of one unit reaches back into an image larger than the field."""
+    torch.manual_seed(0)
+    model = TinyCNN().eval()
+    images = torch.randn(64, 1, 64, 64, requires_grad=True)
+    features = nn.Sequential(*list(model.children())[:blocks])(images)
+    middle = features.shape[-1] // 2
+    features[:, :, middle, middle].sum().backward()
+    reached = images.grad.abs().sum(dim=(0, 1)) > 0
+    rows, columns = reached.nonzero().unbind(dim=1)
+    assert rows.max() - rows.min() + 1 == size
+    assert columns.max() - columns.min() + 1 == size
+
+
+# ---- The shipped checkpoint ---------------------------------------------------------------------
+
+
+def test_shipped_checkpoint_is_more_than_99_4_percent_accurate(
+    params: HyperParameters,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    params = replace(params, data_dir=str(Path(params.data_dir).resolve()))
+    monkeypatch.chdir(tmp_path)  # from any working directory
+    model, accuracy = mnist_cnn.load_and_evaluate_model(CHECKPOINT, params)
+    assert 99.4 < accuracy <= 100
+    assert not model.training
+    assert capsys.readouterr().out == f"Current test accuracy: {accuracy:.2f}%\n"
+
+
+def test_shipped_checkpoint_is_a_small_plain_state_dict() -> None:
+    assert CHECKPOINT.stat().st_size < 120_000
+    weights = torch.load(CHECKPOINT, weights_only=True)  # no map_location: saved from the CPU
+    for name, tensor in weights.items():
+        assert tensor.device.type == "cpu"
+        assert tensor.is_contiguous()
+        assert tensor.dtype == (torch.int64 if "num_batches" in name else torch.float32)
+
+
+# ---- Configuration ------------------------------------------------------------------------------
+
+
+def test_defaults_are_those_of_the_reference() -> None:
+    params = HyperParameters()
+    assert params.num_epochs <= 20
+    reference = (20, 64, 0.0009, 0.25, 42, "Adam", "cross_entropy")
+    assert tuple(getattr(params, f.name) for f in fields(params))[:7] == reference
+    assert HyperParameters(num_epochs=21).num_epochs == 21
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_epochs", 0),
+        ("num_epochs", 2.5),
+        ("num_epochs", True),
+        ("batch_size", -64),
+        ("learning_rate", 0.0),
+        ("learning_rate", math.inf),
+        ("learning_rate", math.nan),
+        ("learning_rate", "0.1"),
+        ("dropout_rate", -0.1),
+        ("dropout_rate", 1.0),
+        ("random_seed", -1),
+        ("random_seed", 2**32),
+        ("optimizer", "SGD"),
+        ("loss", "mse"),
+        ("peak_factor", 0.5),
+        ("max_rotation", 181.0),
+        ("max_shift", -1.0),
+        ("max_scaling", 1.0),
+        ("validation_size", 60_000),
+        ("data_dir", None),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_is_allowed(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"^{name} is {re.escape(repr(value))}; allowed is \w+ "):
+        HyperParameters(**{name: value})
+
+
+# ---- Data ---------------------------------------------------------------------------------------
+
+
+def test_normalized_training_images_have_mean_0_and_sd_1(params: HyperParameters) -> None:
+    images, labels = mnist_cnn.load_mnist(params.data_dir, train=True)
+    assert (images.shape, images.dtype) == ((60_000, 1, 28, 28), torch.uint8)
+    # The class sizes that MNIST is known to have.
+    sizes = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    assert labels.bincount().tolist() == sizes
+    normalized = mnist_cnn.normalize(images)
+    assert normalized.mean().item() == pytest.approx(0, abs=2e-4)
+    assert normalized.std().item() == pytest.approx(1, abs=2e-4)
+
+
+def test_validation_split_is_apart_from_training_and_from_the_seed(params: HyperParameters) -> None:
+    cpu = torch.device("cpu")
+    (images, _), (held_out, labels), _ = mnist_cnn.load_splits(params, cpu)
+    assert (len(images), len(held_out)) == (55_000, 5_000)
+    _, (_, other_labels), _ = mnist_cnn.load_splits(replace(params, random_seed=1), cpu)
+    assert torch.equal(labels, other_labels)
+    # Together the two are MNIST: every image once.
+    both = sorted(image.numpy().tobytes() for image in torch.cat([images, held_out]))
+    mnist = mnist_cnn.load_mnist(params.data_dir, train=True)[0]
+    assert both == sorted(image.numpy().tobytes() for image in mnist)
+
+
+def blob_measures(images: Tensor) -> Tensor:
+    """(4, N): x and y of the centre in pixels, angle in degrees, and size, from the moments."""
+    weight = images[:, 0].double()
+    weight = weight / weight.sum(dim=(1, 2), keepdim=True)
+    y, x = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
+    cx, cy = (weight * x).sum((1, 2)), (weight * y).sum((1, 2))
+    dx, dy = x - cx.view(-1, 1, 1), y - cy.view(-1, 1, 1)
+    xx, yy, xy = ((weight * product).sum((1, 2)) for product in (dx * dx, dy * dy, dx * dy))
+    angle = torch.rad2deg(torch.atan2(2 * xy, xx - yy) / 2)
+    return torch.stack([cx, cy, angle, (xx + yy).sqrt()])
+
+
+@pytest.mark.parametrize(
+    ("field", "strength", "changed"),
+    [("max_shift", 2.0, [0, 1]), ("max_rotation", 10.0, [2]), ("max_scaling", 0.1, [3])],
+)
+def test_augment_changes_each_image_within_its_bounds(
+    field: str, strength: float, changed: list[int]
+) -> None:
+    torch.manual_seed(0)
+    y, x = torch.meshgrid(torch.arange(28) - 13.5, torch.arange(28) - 13.5, indexing="ij")
+    blob = (255 * torch.exp(-((x / 4) ** 2) / 2 - (y / 2) ** 2 / 2)).expand(2_000, 1, 28, 28)
+    still = HyperParameters(max_shift=0.0, max_rotation=0.0, max_scaling=0.0)
+    torch.testing.assert_close(mnist_cnn.augment(blob, still), blob)
+
+    before = blob_measures(blob)
+    after = blob_measures(mnist_cnn.augment(blob, replace(still, **{field: strength})))
+    change = after - before
+    change[3] = after[3] / before[3] - 1
+    for measure, values in enumerate(change):
+        bound = strength if measure in changed else 0.0
+        # 2,000 uniform draws come within 1 % of both ends, and blurring adds a little.
+        assert values.max() == pytest.approx(bound, rel=0.05, abs=0.02)
+        assert values.min() == pytest.approx(-bound, rel=0.05, abs=0.02)
+        assert values.std() == pytest.approx(bound / math.sqrt(3), rel=0.05, abs=0.02)
