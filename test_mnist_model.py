@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def run_script(*arguments: str, cwd: Path, **environment: str) -> subprocess.Com
         env=os.environ | {"MNIST_DATA_DIR": data_dir} | environment,
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=300,
     )
 
 
@@ -119,10 +120,9 @@ def test_torchsummary_table(capsys: pytest.CaptureFixture[str]) -> None:
     rows = re.findall(r"^ +(\w+-\d+) +(\[.*\]) +([\d,]+)$", table, re.MULTILINE)
     assert rows[0] == ("Conv2d-1", "[-1, 4, 28, 28]", "40")
     assert rows[-1] == ("Linear-27", "[-1, 10]", "7,850")
-    parameters = [int(row[2].replace(",", "")) for row in rows]
+    parameters = " ".join(row[2].replace(",", "") for row in rows)
     assert parameters == (
-        [40, 0, 296, 0, 876, 24, 0, 1744, 32, 0, 0, 2900, 40, 0]
-        + [0, 2896, 32, 0, 0, 2320, 32, 0, 0, 272, 0, 0, 7850]
+        "40 0 296 0 876 24 0 1744 32 0 0 2900 40 0 0 2896 32 0 0 2320 32 0 0 272 0 0 7850"
     )
     assert "Trainable params: 19,354" in table
 
@@ -308,3 +308,270 @@ def test_augment_changes_each_image_within_its_bounds(
         assert values.max() == pytest.approx(bound, rel=0.05, abs=0.02)
         assert values.min() == pytest.approx(-bound, rel=0.05, abs=0.02)
         assert values.std() == pytest.approx(bound / math.sqrt(3), rel=0.05, abs=0.02)
+
+
+def copy_of_mnist(data_dir: str, folder: Path) -> Path:
+    """A data_dir in folder whose test images can be changed, and its MNIST/raw."""
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in mnist_cnn.MNIST_FILES:
+        (raw / name).symlink_to(Path(data_dir, "MNIST", "raw", name).resolve())
+    images = raw / "t10k-images-idx3-ubyte"
+    content = images.read_bytes()
+    images.unlink()
+    images.write_bytes(content)
+    return raw
+
+
+def altered(content: bytes) -> bytes:
+    return content[:5_000] + bytes([content[5_000] ^ 1]) + content[5_001:]
+
+
+@pytest.mark.parametrize("damage", [altered, lambda content: content[:-1], lambda _: b""])
+def test_damaged_data_is_named_with_the_remedy(
+    damage: Callable[[bytes], bytes],
+    params: HyperParameters,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    images = copy_of_mnist(params.data_dir, tmp_path) / "t10k-images-idx3-ubyte"
+    mnist_cnn.load_mnist(str(tmp_path), train=False)
+    images.write_bytes(damage(images.read_bytes()))
+    with pytest.raises(ValueError, match=f"{images} is damaged .*: delete it"):
+        mnist_cnn.load_mnist(str(tmp_path), train=False)
+
+    checkpoint = tmp_path / "model.pth"
+    assert mnist_cnn.main(["--data-dir", str(tmp_path), "--checkpoint", str(checkpoint)]) == 2
+    assert re.fullmatch(f"error: {images} is damaged .*\n", capsys.readouterr().err)
+    assert not checkpoint.exists()
+
+
+def test_missing_data_without_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from torchvision.datasets import MNIST
+
+    monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])  # where nobody answers
+    assert mnist_cnn.main(["--data-dir", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(
+        f"error: MNIST is not in {tmp_path}/MNIST/raw .* MNIST_DATA_DIR .*\n", error
+    )
+
+
+# ---- Training -----------------------------------------------------------------------------------
+
+
+def test_evaluate_model_counts_and_averages() -> None:
+    class Indifferent(nn.Module):
+        """Equal logits: a loss of ln 10, and 0 as the first of the largest."""
+
+        def forward(self, images: Tensor) -> Tensor:
+            return images.new_zeros(len(images), 10)
+
+    images, labels = torch.zeros(500, 1, 28, 28, dtype=torch.uint8), torch.arange(500) % 8
+    loss, accuracy = mnist_cnn.evaluate_model(Indifferent(), images, labels)
+    assert loss == pytest.approx(math.log(10))
+    assert accuracy == pytest.approx(100 * 63 / 500)
+
+
+def epoch_metrics(epoch: int, validation_loss: float, validation_accuracy: float) -> EpochMetrics:
+    test_accuracy = 100.0 - epoch  # of no influence
+    return EpochMetrics(epoch, 0.1, 97.0, validation_loss, validation_accuracy, test_accuracy)
+
+
+def test_kept_epoch_is_the_best_on_validation_and_the_last_without_it() -> None:
+    history = [
+        epoch_metrics(1, 0.01, 99.1),
+        epoch_metrics(2, 0.04, 99.2),
+        epoch_metrics(3, 0.03, 99.2),
+        epoch_metrics(4, 0.02, 99.0),
+    ]
+    assert mnist_cnn.kept_epoch(history).epoch == 3
+    without = [entry._replace(validation_accuracy=math.nan) for entry in history]
+    assert mnist_cnn.kept_epoch(without).epoch == 4
+
+
+def test_dropout_falls_to_0_in_equal_steps() -> None:
+    params = HyperParameters(num_epochs=5)
+    model = TinyCNN(params.dropout_rate)
+    rates = []
+    for epoch in range(1, 6):
+        mnist_cnn.anneal_dropout(model, params, epoch)
+        rates.append({layer.p for layer in model.modules() if hasattr(layer, "p")})
+    assert [rate for (rate,) in rates] == pytest.approx([0.2, 0.15, 0.1, 0.05, 0])
+
+
+def test_same_seed_same_weights_to_the_bit(small_mnist: HyperParameters, tmp_path: Path) -> None:
+    def train(seed: int) -> dict[str, Tensor]:
+        torch.rand(seed + 1)  # whatever was drawn before
+        params = replace(small_mnist, random_seed=seed)
+        return mnist_cnn.train_model(params, tmp_path / "model.pth")[0].state_dict()
+
+    first, second, other = train(1), train(1), train(2)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["fc.1.weight"], other["fc.1.weight"])
+
+
+def test_without_validation_images_the_last_epoch_is_kept(
+    small_mnist: HyperParameters, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    params = replace(small_mnist, num_epochs=2, validation_size=0)
+    model, history = mnist_cnn.train_model(params, tmp_path / "model.pth")
+    output = capsys.readouterr().out
+    assert "Val Acc" not in output
+    assert "Loaded model from epoch 2, the last" in output
+    test_set = mnist_cnn.load_mnist("", train=False)
+    test_set = [tensor.to(mnist_cnn.best_device()) for tensor in test_set]
+    assert mnist_cnn.evaluate_model(model, *test_set)[1] == history[-1].test_accuracy
+    mnist_cnn.plot_history(history).savefig(tmp_path / "curves.png")
+
+
+def test_an_unusable_checkpoint_path_stops_before_training(params, tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "missing" / "model.pth"):
+        with pytest.raises(OSError, match=f"cannot write {path}: "):
+            mnist_cnn.train_model(params, path)
+
+
+# ---- Checkpoints --------------------------------------------------------------------------------
+
+
+def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=f"no checkpoint {tmp_path}/nothing.pth"):
+        mnist_cnn.load_and_evaluate_model(tmp_path / "nothing.pth", HyperParameters())
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"\x80\x02N."])
+def test_a_file_that_is_no_checkpoint_is_named(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "bad.pth"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{path} (is not a file|does not hold)"):
+        mnist_cnn.load_checkpoint(path, HyperParameters())
+
+
+def test_weights_of_another_model_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "other.pth"
+    torch.save(nn.Linear(784, 10).state_dict(), path)
+    with pytest.raises(ValueError, match=rf"^{path} .*Missing key\(s\).*conv1\.0\.weight"):
+        mnist_cnn.load_checkpoint(path, HyperParameters())
+
+
+def test_a_pickle_is_not_executed(tmp_path: Path) -> None:
+    class Payload:
+        def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    torch.save({"conv1.0.weight": Payload()}, tmp_path / "payload.pth")
+    with pytest.raises(ValueError, match=r"payload\.pth is not a file of tensors"):
+        mnist_cnn.load_checkpoint(tmp_path / "payload.pth", HyperParameters())
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_failed_save_leaves_the_old_checkpoint_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.pth"
+    mnist_cnn.save_checkpoint(TinyCNN(), path)
+    before = path.read_bytes()
+
+    def half_a_save(_: object, file: Path) -> None:
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", half_a_save)
+    with pytest.raises(OSError, match="No space left"):
+        mnist_cnn.save_checkpoint(TinyCNN(), path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# ---- The command line ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def short_run(
+    params: HyperParameters, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """One epoch on 10,000 images, in a folder of its own, with the output in pipes."""
+    folder = tmp_path_factory.mktemp("short_run")
+    flags = "--num-epochs 1 --validation-size 50000 --checkpoint digits.pth"
+    return folder, run_script(*flags.split(), cwd=folder)
+
+
+def test_a_short_run_learns_and_says_so(short_run) -> None:
+    _, run = short_run
+    assert run.returncode == 0, run.stderr
+    assert run.stderr == ""  # no progress bar in a log file
+    assert "Total params: 19,354" in run.stdout
+    percent = r"(\d\d\.\d\d)%"
+    lines = re.search(
+        rf"^Epoch 1/1 - Loss: \d\.\d{{4}}, Train Acc: {percent}, Val Acc: {percent}, "
+        rf"Test Acc: {percent}\n"
+        rf"Loaded best model from epoch 1 with validation accuracy: {percent}\n"
+        "Evaluating saved best model:\n"
+        rf"Current test accuracy: {percent}\n\Z",
+        run.stdout,
+        re.MULTILINE,
+    )
+    assert lines, run.stdout
+    _, validation, test, best_validation, saved_test = map(float, lines.groups())
+    assert (validation, test) == (best_validation, saved_test)
+    assert validation > 95
+    assert test > 95
+
+
+def test_a_short_run_leaves_the_checkpoint_and_its_curves(short_run) -> None:
+    folder, _ = short_run
+    assert sorted(path.name for path in folder.iterdir()) == ["digits.pth", "digits_curves.png"]
+    TinyCNN().load_state_dict(torch.load(folder / "digits.pth"))
+    assert (folder / "digits_curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_help_explains_each_field_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        mnist_cnn.main(["--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for f in fields(HyperParameters):
+        flag = "--" + f.name.replace("_", "-")
+        default = getattr(HyperParameters(), f.name)
+        assert re.search(
+            rf"{flag} [A-Z]+ {re.escape(f.metadata['help'])} .*?default: {default}\)", text
+        )
+    assert "--checkpoint" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        ("--num-epochs 0", "num_epochs is 0; allowed is int [1, inf)"),
+        ("--batch-size many", "argument --batch-size: invalid int value: 'many'"),
+        ("--epochs 3", "unrecognized arguments: --epochs 3"),
+        ("--checkpoint missing/model.pth", "missing/model.pth: it is a folder, or its folder is"),
+    ],
+)
+def test_a_wrong_flag_is_explained_without_a_traceback(
+    flags: str, complaint: str, tmp_path: Path
+) -> None:
+    run = run_script(*flags.split(), cwd=tmp_path)
+    assert run.returncode == 2
+    assert complaint in run.stderr.splitlines()[-1]
+    assert "Traceback" not in run.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_import_does_nothing(tmp_path: Path) -> None:
+    code = (
+        "import sys, mnist_cnn\n"
+        "assert not {'torchvision', 'matplotlib', 'torchsummary'} & sys.modules.keys()"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(MODULE.parent), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []
