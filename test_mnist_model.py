@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -474,8 +475,8 @@ def test_a_failed_save_leaves_the_old_checkpoint_whole(
     mnist_cnn.save_checkpoint(TinyCNN(), path)
     before = path.read_bytes()
 
-    def half_a_save(_: object, file: Path) -> None:
-        file.write_bytes(b"half")
+    def half_a_save(_: object, file: BinaryIO) -> None:
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", half_a_save)
