@@ -393,6 +393,21 @@ def test_kept_epoch_is_the_best_on_validation_and_the_last_without_it() -> None:
     assert mnist_cnn.kept_epoch(without).epoch == 4
 
 
+def test_learning_rate_rises_tenfold_and_falls_to_nearly_0() -> None:
+    optimizer, schedule = mnist_cnn.new_optimizer(TinyCNN(), HyperParameters(), num_steps=1_000)
+    rates = []
+    for _ in range(1_000):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    peak = rates.index(max(rates))
+    assert (rates[0], rates[peak]) == (pytest.approx(0.0009), pytest.approx(0.009))
+    assert peak == pytest.approx(300, abs=1)
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert 0 < rates[-1] < 1e-6
+
+
 def test_dropout_falls_to_0_in_equal_steps() -> None:
     params = HyperParameters(num_epochs=5)
     model = TinyCNN(params.dropout_rate)
@@ -428,10 +443,10 @@ def test_without_validation_images_the_last_epoch_is_kept(
     mnist_cnn.plot_history(history).savefig(tmp_path / "curves.png")
 
 
-def test_an_unusable_checkpoint_path_stops_before_training(params, tmp_path: Path) -> None:
+def test_an_unusable_checkpoint_path_stops_before_training(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "missing" / "model.pth"):
         with pytest.raises(OSError, match=f"cannot write {path}: "):
-            mnist_cnn.train_model(params, path)
+            mnist_cnn.train_model(HyperParameters(), path)
 
 
 # ---- Checkpoints --------------------------------------------------------------------------------
@@ -489,17 +504,18 @@ def test_a_failed_save_leaves_the_old_checkpoint_whole(
 # ---- The command line ---------------------------------------------------------------------------
 
 
+ShortRun = tuple[Path, subprocess.CompletedProcess[str]]
+
+
 @pytest.fixture(scope="module")
-def short_run(
-    params: HyperParameters, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, subprocess.CompletedProcess[str]]:
+def short_run(params: HyperParameters, tmp_path_factory: pytest.TempPathFactory) -> ShortRun:
     """One epoch on 10,000 images, in a folder of its own, with the output in pipes."""
     folder = tmp_path_factory.mktemp("short_run")
     flags = "--num-epochs 1 --validation-size 50000 --checkpoint digits.pth"
     return folder, run_script(*flags.split(), cwd=folder)
 
 
-def test_a_short_run_learns_and_says_so(short_run) -> None:
+def test_a_short_run_learns_and_says_so(short_run: ShortRun) -> None:
     _, run = short_run
     assert run.returncode == 0, run.stderr
     assert run.stderr == ""  # no progress bar in a log file
@@ -521,7 +537,7 @@ def test_a_short_run_learns_and_says_so(short_run) -> None:
     assert test > 95
 
 
-def test_a_short_run_leaves_the_checkpoint_and_its_curves(short_run) -> None:
+def test_a_short_run_leaves_the_checkpoint_and_its_curves(short_run: ShortRun) -> None:
     folder, _ = short_run
     assert sorted(path.name for path in folder.iterdir()) == ["digits.pth", "digits_curves.png"]
     TinyCNN().load_state_dict(torch.load(folder / "digits.pth"))
