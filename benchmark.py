@@ -69,6 +69,8 @@ def print_seed(result: dict[str, Any]) -> None:
 
 def seeds(params: HyperParameters, n: int, results_file: Path) -> None:
     """Train n seeds from params.random_seed on, but for those that the file has already."""
+    if n < 1:
+        raise ValueError(f"--n is {n}; allowed is 1 or more")
     runs = [replace(params, random_seed=params.random_seed + i) for i in range(n)]
     wanted = [recorded(run) for run in runs]
     lines = results_file.read_text().splitlines() if results_file.exists() else []
