@@ -80,10 +80,10 @@ def seeds(params: HyperParameters, n: int, results_file: Path) -> None:
     finished = [result["run"] for result in results]
     runs = [run for run in runs if recorded(run) not in finished]
 
-    on_gpu = mnist_cnn.best_device().type == "cuda"
+    cores = torch.get_num_threads() if mnist_cnn.best_device().type == "cpu" else 1
     context = multiprocessing.get_context("spawn")  # a forked process could not use CUDA
     with (
-        context.Pool(1 if on_gpu else torch.get_num_threads(), prepare_worker) as pool,
+        context.Pool(min(cores, len(runs)) or 1, prepare_worker) as pool,
         results_file.open("a") as file,
     ):
         for result in pool.imap_unordered(train_seed, runs):
@@ -91,6 +91,8 @@ def seeds(params: HyperParameters, n: int, results_file: Path) -> None:
             file.flush()
             results.append(result)
             print_seed(result)
+        pool.close()
+        pool.join()
 
     for name in ("validation", "test", "test, last epoch"):
         accuracies = [result[name] for result in results]
