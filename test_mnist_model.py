@@ -5,13 +5,17 @@ Tests that need MNIST are skipped where it cannot be had; in CI they fail instea
 
 import math
 import os
+import random
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import pytest
 import torch
@@ -328,7 +332,11 @@ def altered(content: bytes) -> bytes:
     return content[:5_000] + bytes([content[5_000] ^ 1]) + content[5_001:]
 
 
-@pytest.mark.parametrize("damage", [altered, lambda content: content[:-1], lambda _: b""])
+def swapped(_: bytes) -> bytes:
+    return Path(HyperParameters().data_dir, "MNIST/raw/train-images-idx3-ubyte").read_bytes()
+
+
+@pytest.mark.parametrize("damage", [altered, lambda data: data[:-1], lambda _: b"", swapped])
 def test_damaged_data_is_named_with_the_remedy(
     damage: Callable[[bytes], bytes],
     params: HyperParameters,
@@ -457,19 +465,54 @@ def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
         mnist_cnn.load_and_evaluate_model(tmp_path / "nothing.pth", HyperParameters())
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"\x80\x02N."])
-def test_a_file_that_is_no_checkpoint_is_named(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     path = tmp_path / "bad.pth"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"^{path} (is not a file|does not hold)"):
-        mnist_cnn.load_checkpoint(path, HyperParameters())
+    whole = CHECKPOINT.read_bytes()
+    contents = [whole[:size] for size in [*range(0, len(whole), 997), len(whole) - 1]]
+    contents += [b"not a checkpoint", b"\x80\x02N.", random.Random(0).randbytes(9_000)]
+    for content in contents:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"^{path} (is not a file|holds a NoneType)"):
+            mnist_cnn.load_checkpoint(path, HyperParameters())
+    with pytest.raises(ValueError, match=f"^{tmp_path} is not a file"):
+        mnist_cnn.load_checkpoint(tmp_path, HyperParameters())
 
 
-def test_weights_of_another_model_are_named(tmp_path: Path) -> None:
+Weights = dict[str, Any]
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (
+            lambda _: nn.Linear(784, 10).state_dict(),
+            "bias is unexpected; conv1.0.weight is missing",
+        ),
+        (lambda w: w | {"fc.1.bias": w["fc.1.bias"][:9]}, r"fc.1.bias is \[9\] .*, not \[10\]"),
+        (lambda w: w | {"fc.1.bias": w["fc.1.bias"].half()}, "float16, not .* torch.float32$"),
+        (
+            lambda w: w | {"fc.1.bias": w["fc.1.bias"].log()},
+            "fc.1.bias has NaN or infinite values$",
+        ),
+        (lambda w: w | {"fc.1.bias": 1}, "fc.1.bias is missing$"),
+        (lambda w: {"model": w, "epoch": 3}, "model is unexpected; epoch .*; and 42 more$"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(
+    change: Callable[[Weights], Weights], complaint: str, tmp_path: Path
+) -> None:
     path = tmp_path / "other.pth"
-    torch.save(nn.Linear(784, 10).state_dict(), path)
-    with pytest.raises(ValueError, match=rf"^{path} .*Missing key\(s\).*conv1\.0\.weight"):
+    torch.save(change(torch.load(CHECKPOINT)), path)
+    with pytest.raises(ValueError, match=rf"^{path} does not hold .* TinyCNN: .*{complaint}"):
         mnist_cnn.load_checkpoint(path, HyperParameters())
+
+
+def test_a_wrapped_checkpoint_of_a_parallel_model_is_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "parallel.pth"
+    weights = nn.DataParallel(TinyCNN()).state_dict()
+    torch.save({"model_state_dict": weights, "epoch": 3}, path)
+    loaded = mnist_cnn.load_checkpoint(path, HyperParameters()).cpu().state_dict()
+    assert all(torch.equal(loaded[name], weights[f"module.{name}"].cpu()) for name in loaded)
 
 
 def test_a_pickle_is_not_executed(tmp_path: Path) -> None:
@@ -487,18 +530,135 @@ def test_a_failed_save_leaves_the_old_checkpoint_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "model.pth"
-    mnist_cnn.save_checkpoint(TinyCNN(), path)
+    mnist_cnn.save(TinyCNN().state_dict(), path)
     before = path.read_bytes()
 
-    def half_a_save(_: object, file: BinaryIO) -> None:
-        file.write(b"half")
+    def no_space(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", half_a_save)
-    with pytest.raises(OSError, match="No space left"):
-        mnist_cnn.save_checkpoint(TinyCNN(), path)
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(OSError, match=f"cannot write {path}: No space left"):
+        mnist_cnn.save(TinyCNN().state_dict(), path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_save_that_is_killed_leaves_a_whole_file(tmp_path: Path) -> None:
+    code = (
+        "import sys, torch, mnist_cnn, itertools, pathlib\n"
+        "for number in itertools.count():\n"
+        "    weights = torch.full((1_000_000,), number)\n"
+        "    mnist_cnn.save({'weights': weights}, pathlib.Path(sys.argv[1]))\n"
+        "    print(number, flush=True)"
+    )
+    path = tmp_path / "model.pth"
+    for delay in (0, 3, 6):
+        saver = subprocess.Popen(
+            [sys.executable, "-c", code, path], cwd=MODULE.parent, stdout=subprocess.PIPE
+        )
+        for _ in range(5):
+            saver.stdout.readline()
+        time.sleep(delay / 1_000)
+        saver.kill()
+        saver.communicate()
+        weights = torch.load(path)["weights"]
+        assert weights[0] >= 4
+        assert (weights == weights[0]).all()
+
+
+# ---- Interrupted runs ---------------------------------------------------------------------------
+
+
+def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
+    small_mnist: HyperParameters, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = replace(small_mnist, num_epochs=3)
+    whole, history = mnist_cnn.train_model(params, tmp_path / "whole.pth")
+
+    def crash_in_epoch_3(*arguments: Any) -> tuple[float, float]:
+        if arguments[-1] == "Epoch 3/3":
+            raise RuntimeError("a bug")
+        return train_epoch(*arguments)
+
+    train_epoch = mnist_cnn.train_epoch
+    path = tmp_path / "model.pth"
+    path.write_text("of an earlier run")
+    with monkeypatch.context() as patch:
+        patch.setattr(mnist_cnn, "train_epoch", crash_in_epoch_3)
+        with pytest.raises(RuntimeError, match="a bug"):
+            mnist_cnn.train_model(params, path)
+    assert path.read_text() == "of an earlier run"
+
+    for name, value in (("num_epochs", 4), ("random_seed", 1)):
+        complaint = rf"cannot resume .*: {name} was {getattr(params, name)}, now it is {value}$"
+        with pytest.raises(ValueError, match=complaint):
+            mnist_cnn.train_model(replace(params, **{name: value}), path, resume=True)
+
+    resumed, resumed_history = mnist_cnn.train_model(params, path, resume=True)
+    assert resumed_history == history
+    weights = whole.state_dict()
+    assert all(torch.equal(weights[name], t) for name, t in resumed.state_dict().items())
+    assert {file.name for file in tmp_path.iterdir()} == {"whole.pth", "model.pth"}
+
+
+def test_something_else_cannot_be_resumed(tmp_path: Path) -> None:
+    shutil.copy(CHECKPOINT, tmp_path / "model.pth.resume")
+    with pytest.raises(ValueError, match=r"model\.pth\.resume is not an interrupted run"):
+        mnist_cnn.train_model(HyperParameters(), tmp_path / "model.pth", resume=True)
+
+
+def test_a_diverging_run_stops_and_keeps_the_best(
+    small_mnist: HyperParameters,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "model.pth"
+    with pytest.raises(FloatingPointError, match=r"by step 16 of Epoch 1/1, at learning rate"):
+        mnist_cnn.train_model(replace(small_mnist, learning_rate=1e20), path)
+    assert not path.exists()
+
+    def diverge_in_epoch_2(model: nn.Module, *arguments: Any) -> tuple[float, float]:
+        if arguments[-1] == "Epoch 2/2":
+            nn.init.constant_(next(model.parameters()), math.inf)
+        return train_epoch(model, *arguments)
+
+    train_epoch = mnist_cnn.train_epoch
+    monkeypatch.setattr(mnist_cnn, "train_epoch", diverge_in_epoch_2)
+    with pytest.raises(FloatingPointError, match="of Epoch 2/2"):
+        mnist_cnn.train_model(replace(small_mnist, num_epochs=2), path)
+    assert f"Stopped after epoch 1. {path} has the best so far, epoch 1" in capsys.readouterr().out
+    mnist_cnn.load_checkpoint(path, small_mnist)
+
+
+@pytest.mark.parametrize(
+    ("number", "line"), [(signal.SIGTERM, "Training on"), (signal.SIGINT, "Epoch 1/20 ")]
+)
+def test_a_signal_stops_the_run_and_keeps_what_it_has(
+    number: signal.Signals, line: str, params: HyperParameters, tmp_path: Path
+) -> None:
+    data_dir = str(Path(params.data_dir).resolve())
+    run = subprocess.Popen(
+        [sys.executable, MODULE, "--validation-size", "55000", "--data-dir", data_dir],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not run.stdout.readline().startswith(line):
+        assert run.poll() is None
+    time.sleep(0.5)
+    run.send_signal(number)
+    output, errors = run.communicate(timeout=30)
+    assert (run.returncode, errors) == (128 + number, "")
+    if number == signal.SIGINT:
+        path = tmp_path / "best_mnist_model.pth"
+        assert output.startswith(f"Stopped after epoch 1. {path} has the best so far, epoch 1;")
+        mnist_cnn.load_checkpoint(path, params)
+        assert {file.name for file in tmp_path.iterdir()} == {path.name, f"{path.name}.resume"}
+    else:
+        assert output == ""
+        assert list(tmp_path.iterdir()) == []
 
 
 # ---- The command line ---------------------------------------------------------------------------
@@ -564,6 +724,7 @@ def test_help_explains_each_field_with_its_default(capsys: pytest.CaptureFixture
         ("--num-epochs 0", "num_epochs is 0; allowed is int [1, inf)"),
         ("--batch-size many", "argument --batch-size: invalid int value: 'many'"),
         ("--epochs 3", "unrecognized arguments: --epochs 3"),
+        ("--resume", "best_mnist_model.pth.resume"),
         ("--checkpoint missing/model.pth", "missing/model.pth: it is a folder, or its folder is"),
     ],
 )
