@@ -2,27 +2,37 @@
 
 python benchmark.py seeds --n 10                   accuracy over ten seeds: mean ± sd
 python benchmark.py seeds --n 5 --num-epochs 10    with other hyperparameters than the defaults
+python benchmark.py speed                          this training loop against the usual one
 """
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import io
 import json
 import multiprocessing
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader
 
 import mnist_cnn
 from mnist_cnn import HyperParameters
+
+# ---- Accuracy over seeds ------------------------------------------------------------------------
 
 
 def prepare_worker() -> None:
@@ -32,11 +42,9 @@ def prepare_worker() -> None:
 
 
 def recorded(params: HyperParameters) -> dict[str, Any]:
-    """What tells one run from another: everything that it depends on but where the data lies."""
+    """What tells one run from another."""
     source = hashlib.sha256(Path(mnist_cnn.__file__).read_bytes()).hexdigest()
-    run = asdict(params) | {"module": source, "torch": torch.__version__}
-    del run["data_dir"]
-    return run
+    return mnist_cnn.identity(params) | {"module": source}
 
 
 def train_seed(params: HyperParameters) -> dict[str, Any]:
@@ -103,9 +111,138 @@ def seeds(params: HyperParameters, n: int, results_file: Path) -> None:
         )
 
 
+# ---- Speed --------------------------------------------------------------------------------------
+
+TIMED_IMAGES = 12_800
+ROUNDS = 5
+
+
+def timed_images(params: HyperParameters) -> tuple[Tensor, Tensor]:
+    """Training images and labels: MNIST's, or random ones where MNIST cannot be had."""
+    try:
+        images, labels = mnist_cnn.load_mnist(params.data_dir, train=True)
+    except FileNotFoundError:
+        images = torch.randint(256, (TIMED_IMAGES, 1, 28, 28), dtype=torch.uint8)
+        labels = torch.randint(10, (TIMED_IMAGES,))
+    return images[:TIMED_IMAGES], labels[:TIMED_IMAGES]
+
+
+def module_loop(params: HyperParameters) -> Callable[[], object]:
+    device = mnist_cnn.best_device()
+    images, labels = (tensor.to(device) for tensor in timed_images(params))
+    model = mnist_cnn.new_model(params, device)
+    optimizer, schedule = mnist_cnn.new_optimizer(model, params, num_steps=1_000_000)
+    return lambda: mnist_cnn.train_epoch(model, optimizer, schedule, (images, labels), params, "")
+
+
+def straightforward_loop(params: HyperParameters) -> Callable[[], object]:
+    """As most MNIST scripts have it: no augmentation, no schedule, float32."""
+    from torchvision.datasets import MNIST
+    from torchvision.transforms import Compose, Normalize, ToTensor
+
+    dataset = MNIST.__new__(MNIST)  # the images may be random: none of its files are read
+    dataset.data, dataset.targets = timed_images(params)
+    dataset.data = dataset.data.squeeze(1)
+    dataset.transform = Compose([ToTensor(), Normalize((0.1307,), (0.3081,))])
+    dataset.target_transform = None
+    loader = DataLoader(dataset, batch_size=params.batch_size, shuffle=True)
+    device = mnist_cnn.best_device()
+    model = mnist_cnn.TinyCNN(params.dropout_rate).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=params.learning_rate)
+
+    def train() -> tuple[float, float]:
+        model.train()
+        loss_sum, correct = 0.0, 0
+        for images, labels in loader:
+            images, labels = images.to(device), labels.to(device)
+            optimizer.zero_grad()
+            logits = model(images)
+            loss = F.cross_entropy(logits, labels)
+            loss.backward()
+            optimizer.step()
+            loss_sum += loss.item()
+            correct += (logits.argmax(dim=1) == labels).sum().item()
+        return loss_sum / len(loader), 100 * correct / len(dataset)
+
+    return train
+
+
+@functools.cache  # a worker process builds its loop once
+def built(loop: Callable[..., Callable[[], object]], params: HyperParameters) -> Callable:
+    return loop(params)
+
+
+def time_loop(loop: Callable[..., Callable[[], object]], params: HyperParameters) -> float:
+    """Images a second. Both loops end by reading numbers, so a GPU has finished too."""
+    train = built(loop, params)
+    with contextlib.redirect_stderr(io.StringIO()):  # no progress bar
+        start = time.perf_counter()
+        train()
+        return TIMED_IMAGES / (time.perf_counter() - start)
+
+
+def peak_memory() -> float:
+    """The most that this process has had resident, in MB."""
+    import resource  # not on Windows
+
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size / 1e6 if sys.platform == "darwin" else size * 1024 / 1e6
+
+
+def time_evaluation(params: HyperParameters) -> float:
+    """Images a second of evaluate_model."""
+    device = mnist_cnn.best_device()
+    images, labels = (tensor[:10_000].to(device) for tensor in timed_images(params))
+    model = mnist_cnn.new_model(params, device)
+    mnist_cnn.evaluate_model(model, images, labels)
+    start = time.perf_counter()
+    mnist_cnn.evaluate_model(model, images, labels)
+    return len(images) / (time.perf_counter() - start)
+
+
+def import_seconds(module: str) -> float:
+    """In a Python process of its own."""
+    command = [sys.executable, "-c", f"import {module}"]
+    start = time.perf_counter()
+    subprocess.run(command, cwd=Path(mnist_cnn.__file__).parent, check=True)
+    return time.perf_counter() - start
+
+
+def speed(params: HyperParameters) -> None:
+    """Print what training costs here and in the straightforward loop, and what else takes time."""
+    loops = {"this module": module_loop, "straightforward": straightforward_loop}
+    rates: dict[str, list[float]] = {name: [] for name in loops}
+    context = multiprocessing.get_context("spawn")
+    with contextlib.ExitStack() as stack:
+        workers = {name: stack.enter_context(ProcessPoolExecutor(1, context)) for name in loops}
+        for _ in range(ROUNDS + 1):  # in turn: what slows the machine down slows both
+            for name, loop in loops.items():
+                rates[name].append(workers[name].submit(time_loop, loop, params).result())
+        memory = {name: workers[name].submit(peak_memory).result() for name in loops}
+        evaluation = workers["this module"].submit(time_evaluation, params).result()
+
+    print(
+        f"{mnist_cnn.best_device()}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}, batch size {params.batch_size}"
+    )
+    for name, (_, *timed) in rates.items():  # the first is a warm-up
+        rate = statistics.median(timed)
+        print(
+            f"{name}: {rate:,.0f} images/s, {60_000 / rate:.1f} s for 60,000 images, "
+            f"at most {memory[name]:,.0f} MB resident"
+        )
+    ratios = [ours / theirs for ours, theirs in zip(*rates.values(), strict=True)][1:]
+    low, ratio, high = min(ratios), statistics.median(ratios), max(ratios)
+    print(f"ratio: {ratio:.2f} ({low:.2f} to {high:.2f} in {ROUNDS} rounds)")
+    print(f"evaluate_model: {evaluation:,.0f} images/s")
+    imports = [(import_seconds("mnist_cnn"), import_seconds("torch")) for _ in range(ROUNDS)]
+    ours, theirs = (statistics.median(seconds) for seconds in zip(*imports, strict=True))
+    print(f"import mnist_cnn: {ours:.2f} s; import torch: {theirs:.2f} s")
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(usage="benchmark.py seeds [options]")
-    parser.add_argument("measurement", choices=["seeds"])
+    parser = argparse.ArgumentParser(usage="benchmark.py {seeds,speed} [options]")
+    parser.add_argument("measurement", choices=["seeds", "speed"])
     parser.add_argument("--n", type=int, default=10, help="number of seeds (default: %(default)s)")
     parser.add_argument(
         "--results",
@@ -115,10 +252,14 @@ def main() -> int:
     )
     mnist_cnn.add_hyperparameters(parser)
     arguments = vars(parser.parse_args())
-    del arguments["measurement"]
+    measurement = arguments.pop("measurement")
     n, results_file = arguments.pop("n"), arguments.pop("results")
     try:
-        seeds(HyperParameters(**arguments), n, results_file)
+        params = HyperParameters(**arguments)
+        if measurement == "seeds":
+            seeds(params, n, results_file)
+        else:
+            speed(params)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
