@@ -6,6 +6,7 @@ Test accuracy: 99.563 ± 0.041 %, mean ± sd over 10 seeds (`python benchmark.py
 Usage:
     python mnist_cnn.py                    train, save best_mnist_model.pth, draw the curves
     python mnist_cnn.py --num-epochs 5     every field of HyperParameters is a flag: see --help
+    python mnist_cnn.py --resume           carry on after Ctrl-C, a crash or a power failure
     pytest test_mnist_model.py -v          check the module and the shipped checkpoint
 """
 
@@ -341,8 +342,9 @@ def train_epoch(
     # disable=None: no bar where standard error is not a terminal.
     with tqdm(batches, title, disable=None) as bar:
         for step, batch in enumerate(bar, start=1):
+            warped = normalize(augment(images[batch], params))
             with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
-                logits = model(normalize(augment(images[batch], params)))
+                logits = model(warped)
                 loss = F.cross_entropy(logits, labels[batch])
             optimizer.zero_grad()
             loss.backward()
@@ -435,6 +437,8 @@ def train_model(
                 f"Stopped after epoch {len(history)}. {path} has the best so far, epoch "
                 f"{kept_epoch(history).epoch}; the same command with --resume carries on"
             )
+        else:
+            print("Stopped within the first epoch: there is nothing to keep")
         raise
     save(best, path)
     run_path.unlink(missing_ok=True)
