@@ -88,7 +88,7 @@ def seeds(params: HyperParameters, n: int, results_file: Path) -> None:
     finished = [result["run"] for result in results]
     runs = [run for run in runs if recorded(run) not in finished]
 
-    cores = torch.get_num_threads() if mnist_cnn.best_device().type == "cpu" else 1
+    cores = torch.get_num_threads() if mnist_cnn.pick_device(params).type == "cpu" else 1
     context = multiprocessing.get_context("spawn")  # a forked process could not use CUDA
     with (
         context.Pool(min(cores, len(runs)) or 1, prepare_worker) as pool,
@@ -128,7 +128,7 @@ def timed_images(params: HyperParameters) -> tuple[Tensor, Tensor]:
 
 
 def module_loop(params: HyperParameters) -> Callable[[], object]:
-    device = mnist_cnn.best_device()
+    device = mnist_cnn.pick_device(params)
     images, labels = (tensor.to(device) for tensor in timed_images(params))
     model = mnist_cnn.new_model(params, device)
     optimizer, schedule = mnist_cnn.new_optimizer(model, params, num_steps=1_000_000)
@@ -146,7 +146,7 @@ def straightforward_loop(params: HyperParameters) -> Callable[[], object]:
     dataset.transform = Compose([ToTensor(), Normalize((0.1307,), (0.3081,))])
     dataset.target_transform = None
     loader = DataLoader(dataset, batch_size=params.batch_size, shuffle=True)
-    device = mnist_cnn.best_device()
+    device = mnist_cnn.pick_device(params)
     model = mnist_cnn.TinyCNN(params.dropout_rate).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=params.learning_rate)
 
@@ -189,15 +189,24 @@ def peak_memory() -> float:
     return size / 1e6 if sys.platform == "darwin" else size * 1024 / 1e6
 
 
-def time_evaluation(params: HyperParameters) -> float:
-    """Images a second of evaluate_model."""
-    device = mnist_cnn.best_device()
+def time_evaluation(params: HyperParameters) -> tuple[float, float]:
+    """Images a second of evaluate_model; seconds of load_and_evaluate_model, NaN without MNIST."""
+    device = mnist_cnn.pick_device(params)
     images, labels = (tensor[:10_000].to(device) for tensor in timed_images(params))
     model = mnist_cnn.new_model(params, device)
     mnist_cnn.evaluate_model(model, images, labels)
     start = time.perf_counter()
     mnist_cnn.evaluate_model(model, images, labels)
-    return len(images) / (time.perf_counter() - start)
+    rate = len(images) / (time.perf_counter() - start)
+
+    checkpoint = Path(mnist_cnn.__file__).with_name("best_mnist_model.pth")
+    start = time.perf_counter()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            mnist_cnn.load_and_evaluate_model(checkpoint, params)
+    except FileNotFoundError:
+        return rate, float("nan")
+    return rate, time.perf_counter() - start
 
 
 def import_seconds(module: str) -> float:
@@ -215,29 +224,30 @@ def speed(params: HyperParameters) -> None:
     context = multiprocessing.get_context("spawn")
     with contextlib.ExitStack() as stack:
         workers = {name: stack.enter_context(ProcessPoolExecutor(1, context)) for name in loops}
+        imported = workers["this module"].submit(peak_memory).result()
         for _ in range(ROUNDS + 1):  # in turn: what slows the machine down slows both
             for name, loop in loops.items():
                 rates[name].append(workers[name].submit(time_loop, loop, params).result())
         memory = {name: workers[name].submit(peak_memory).result() for name in loops}
-        evaluation = workers["this module"].submit(time_evaluation, params).result()
+        evaluation, loading = workers["this module"].submit(time_evaluation, params).result()
 
     print(
-        f"{mnist_cnn.best_device()}, {torch.get_num_threads()} threads, "
+        f"{mnist_cnn.pick_device(params)}, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}, batch size {params.batch_size}"
     )
     for name, (_, *timed) in rates.items():  # the first is a warm-up
         rate = statistics.median(timed)
         print(
             f"{name}: {rate:,.0f} images/s, {60_000 / rate:.1f} s for 60,000 images, "
-            f"at most {memory[name]:,.0f} MB resident"
+            f"{memory[name]:,.0f} MB resident at most"
         )
     ratios = [ours / theirs for ours, theirs in zip(*rates.values(), strict=True)][1:]
     low, ratio, high = min(ratios), statistics.median(ratios), max(ratios)
     print(f"ratio: {ratio:.2f} ({low:.2f} to {high:.2f} in {ROUNDS} rounds)")
-    print(f"evaluate_model: {evaluation:,.0f} images/s")
+    print(f"evaluate_model: {evaluation:,.0f} images/s; load_and_evaluate_model: {loading:.2f} s")
     imports = [(import_seconds("mnist_cnn"), import_seconds("torch")) for _ in range(ROUNDS)]
     ours, theirs = (statistics.median(seconds) for seconds in zip(*imports, strict=True))
-    print(f"import mnist_cnn: {ours:.2f} s; import torch: {theirs:.2f} s")
+    print(f"import mnist_cnn: {ours:.2f} s, {imported:,.0f} MB; import torch: {theirs:.2f} s")
 
 
 def main() -> int:

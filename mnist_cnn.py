@@ -46,7 +46,7 @@ def setting(default: Any, allowed: str, explanation: str) -> Any:
 
 def is_allowed(value: float | str, allowed: str) -> bool:
     if isinstance(value, str):
-        return allowed == "path" or value in allowed.split("|")
+        return allowed in ("path", "device") or value in allowed.split("|")
     low, high = (float(bound) for bound in allowed[1:-1].split(","))
     above = low <= value if allowed[0] == "[" else low < value
     below = value <= high if allowed[-1] == "]" else value < high
@@ -76,6 +76,7 @@ class HyperParameters:
     max_scaling: float = setting(0.1, "[0, 1)", "augmentation: share of size, up or down")
     validation_size: int = setting(5_000, "[0, 59999]", "training images that choose the epoch")
     # How it is computed.
+    device: str = setting("auto", "device", "cpu, cuda, cuda:1, mps, ...; auto: the fastest")
     precision: str = setting("auto", "auto|float32", "of training; auto: the CPU's fastest")
     data_dir: str = field(
         default_factory=lambda: os.environ.get("MNIST_DATA_DIR") or "data",
@@ -254,8 +255,20 @@ class EpochMetrics(NamedTuple):
         return ", ".join([*parts, f"Test Acc: {self.test_accuracy:.2f}%"])
 
 
-def best_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def pick_device(params: HyperParameters) -> torch.device:
+    """The device that is asked for; with "auto" the accelerator of this machine, if it has one.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    if params.device == "auto":
+        accelerated = torch.accelerator.is_available()
+        return torch.accelerator.current_accelerator() if accelerated else torch.device("cpu")
+    try:
+        return torch.empty(0, device=params.device).device
+    except (RuntimeError, AssertionError) as error:  # the latter from builds without CUDA
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {params.device!r} is not there: {reason}") from error
 
 
 def uses_bfloat16(params: HyperParameters, device: torch.device) -> bool:
@@ -300,7 +313,9 @@ def kept_epoch(history: list[EpochMetrics]) -> EpochMetrics:
 
 
 def evaluate_model(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Mean cross-entropy in nats, and accuracy in percent. Leaves the model in eval mode.
+    """Mean cross-entropy in nats, and accuracy in percent; NaN of no images.
+
+    Leaves the model in eval mode.
 
     Args:
         images: (N, 1, 28, 28) uint8, on the model's device.
@@ -310,8 +325,9 @@ def evaluate_model(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[fl
     with torch.inference_mode():
         # 200 images' activations fit into a core's cache: twice as fast as 1,000 at a time.
         logits = torch.cat([model(normalize(batch)) for batch in images.split(200)])
-        accuracy = 100 * (logits.argmax(1) == labels).double().mean()
-        return F.cross_entropy(logits, labels).item(), accuracy.item()
+        correct = (logits.argmax(1) == labels).sum().item()
+        accuracy = 100 * correct / len(labels) if len(labels) > 0 else math.nan
+        return F.cross_entropy(logits, labels).item(), accuracy
 
 
 def anneal_dropout(model: nn.Module, params: HyperParameters, epoch: int) -> None:
@@ -393,7 +409,8 @@ def train_model(
         raise OSError(f"cannot write {path}: it is a folder, or its folder is missing or read-only")
     run_path = Path(f"{path}.resume")
     state = load_run(run_path, params) if resume else None
-    device = best_device()
+    device = pick_device(params)
+    torch.backends.cudnn.deterministic = True  # of a GPU's convolutions
     training_set, validation_set, test_set = load_splits(params, device)
     precision = "bfloat16" if uses_bfloat16(params, device) else "float32"
     print(f"Training on {device} in {precision}, {torch.get_num_threads()} threads", flush=True)
@@ -504,7 +521,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def load_checkpoint(path: str | Path, params: HyperParameters) -> TinyCNN:
-    """A TinyCNN with the weights of a state_dict file, in eval mode on the best device.
+    """A TinyCNN with the weights of a state_dict file, in eval mode on the device of params.
 
     The state_dict may be that of a DataParallel model, or wrapped: {"model_state_dict": ...}.
 
@@ -518,7 +535,7 @@ def load_checkpoint(path: str | Path, params: HyperParameters) -> TinyCNN:
     content = load(path)
     content = content.get("model_state_dict", content)
     found = {str(name).removeprefix("module."): value for name, value in content.items()}
-    model = new_model(params, best_device())
+    model = new_model(params, pick_device(params))
     wrong = [f"{name} is unexpected" for name in found if name not in model.state_dict()]
     for name, expected in model.state_dict().items():
         value = found.get(name)
@@ -578,13 +595,14 @@ def load_and_evaluate_model(
     """Load a checkpoint and print its accuracy on the 10,000 test images.
 
     Returns:
-        the model, in eval mode on the best device; the accuracy in percent.
+        the model, in eval mode on the device of params; the accuracy in percent.
 
     Raises:
         FileNotFoundError, ValueError: see load_checkpoint and load_mnist.
     """
     model = load_checkpoint(model_path, params)
-    test_set = (tensor.to(best_device()) for tensor in load_mnist(params.data_dir, train=False))
+    device = next(model.parameters()).device
+    test_set = (tensor.to(device) for tensor in load_mnist(params.data_dir, train=False))
     _, accuracy = evaluate_model(model, *test_set)
     print(f"Current test accuracy: {accuracy:.2f}%")
     return model, accuracy

@@ -446,7 +446,7 @@ def test_without_validation_images_the_last_epoch_is_kept(
     assert "Val Acc" not in output
     assert "Loaded model from epoch 2, the last" in output
     test_set = mnist_cnn.load_mnist("", train=False)
-    test_set = [tensor.to(mnist_cnn.best_device()) for tensor in test_set]
+    test_set = [tensor.to(mnist_cnn.pick_device(params)) for tensor in test_set]
     assert mnist_cnn.evaluate_model(model, *test_set)[1] == history[-1].test_accuracy
     mnist_cnn.plot_history(history).savefig(tmp_path / "curves.png")
 
@@ -724,6 +724,8 @@ def test_help_explains_each_field_with_its_default(capsys: pytest.CaptureFixture
         ("--num-epochs 0", "num_epochs is 0; allowed is int [1, inf)"),
         ("--batch-size many", "argument --batch-size: invalid int value: 'many'"),
         ("--epochs 3", "unrecognized arguments: --epochs 3"),
+        ("--device cuda:9", "device 'cuda:9' is not there: "),
+        ("--device gpu", "device 'gpu' is not there: "),
         ("--resume", "best_mnist_model.pth.resume"),
         ("--checkpoint missing/model.pth", "missing/model.pth: it is a folder, or its folder is"),
     ],
