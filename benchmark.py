@@ -2,7 +2,8 @@
 
 python benchmark.py seeds --n 10                   accuracy over ten seeds: mean ± sd
 python benchmark.py seeds --n 5 --num-epochs 10    with other hyperparameters than the defaults
-python benchmark.py speed                          this training loop against the usual one
+python benchmark.py seeds --loop straightforward   of the loop that most MNIST scripts have
+python benchmark.py speed                          seconds, images a second and megabytes of both
 """
 
 import argparse
@@ -26,11 +27,66 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import mnist_cnn
-from mnist_cnn import HyperParameters
+from mnist_cnn import EpochMetrics, HyperParameters
+
+# ---- What this module is compared with -----------------------------------------------------------
+
+
+def straightforward(
+    params: HyperParameters, images: Tensor, labels: Tensor
+) -> tuple[nn.Module, Callable[[], tuple[float, float]]]:
+    """A model, and what trains it for an epoch as most MNIST scripts do.
+
+    A DataLoader over torchvision's MNIST, float32, no augmentation, a constant learning rate.
+    """
+    from torchvision.datasets import MNIST
+    from torchvision.transforms import Compose, Normalize, ToTensor
+
+    dataset = MNIST.__new__(MNIST)  # of these images: none of its files are read
+    dataset.data, dataset.targets = images.squeeze(1), labels
+    dataset.transform = Compose([ToTensor(), Normalize((0.1307,), (0.3081,))])
+    dataset.target_transform = None
+    loader = DataLoader(dataset, batch_size=params.batch_size, shuffle=True)
+    device = mnist_cnn.pick_device(params)
+    model = mnist_cnn.TinyCNN(params.dropout_rate).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=params.learning_rate)
+
+    def train_epoch() -> tuple[float, float]:
+        model.train()
+        loss_sum, correct = 0.0, 0
+        for images, labels in loader:
+            images, labels = images.to(device), labels.to(device)
+            optimizer.zero_grad()
+            logits = model(images)
+            loss = F.cross_entropy(logits, labels)
+            loss.backward()
+            optimizer.step()
+            loss_sum += loss.item()
+            correct += (logits.argmax(dim=1) == labels).sum().item()
+        return loss_sum / len(loader), 100 * correct / len(dataset)
+
+    return model, train_epoch
+
+
+def train_straightforwardly(params: HyperParameters) -> list[EpochMetrics]:
+    cpu, device = torch.device("cpu"), mnist_cnn.pick_device(params)
+    (images, labels), _, _ = mnist_cnn.load_splits(params, cpu)
+    _, validation_set, test_set = mnist_cnn.load_splits(params, device)
+    torch.manual_seed(params.random_seed)
+    model, train_epoch = straightforward(params, images, labels)
+    history = []
+    for epoch in range(1, params.num_epochs + 1):
+        train_metrics = train_epoch()
+        validation_metrics = mnist_cnn.evaluate_model(model, *validation_set)
+        _, test_accuracy = mnist_cnn.evaluate_model(model, *test_set)
+        metrics = EpochMetrics(epoch, *train_metrics, *validation_metrics, test_accuracy)
+        history.append(metrics)
+    return history
+
 
 # ---- Accuracy over seeds ------------------------------------------------------------------------
 
@@ -41,13 +97,13 @@ def prepare_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends the workers
 
 
-def recorded(params: HyperParameters) -> dict[str, Any]:
+def recorded(params: HyperParameters, loop: str) -> dict[str, Any]:
     """What tells one run from another."""
     source = hashlib.sha256(Path(mnist_cnn.__file__).read_bytes()).hexdigest()
-    return mnist_cnn.identity(params) | {"module": source}
+    return mnist_cnn.identity(params) | {"module": source, "loop": loop}
 
 
-def train_seed(params: HyperParameters) -> dict[str, Any]:
+def train_seed(params: HyperParameters, loop: str) -> dict[str, Any]:
     """Train without a word, and return what the results file says of it; accuracies in percent."""
     start = time.perf_counter()
     with (
@@ -55,14 +111,18 @@ def train_seed(params: HyperParameters) -> dict[str, Any]:
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
     ):
-        _, history = mnist_cnn.train_model(params, Path(folder, "model.pth"))
+        if loop == "module":
+            _, history = mnist_cnn.train_model(params, Path(folder, "model.pth"))
+        else:
+            history = train_straightforwardly(params)
     kept = mnist_cnn.kept_epoch(history)
     return {
-        "run": recorded(params),
+        "run": recorded(params, loop),
         "epoch": kept.epoch,
         "validation": kept.validation_accuracy,
         "test": kept.test_accuracy,
         "test, last epoch": history[-1].test_accuracy,
+        "test by epoch": [metrics.test_accuracy for metrics in history],
         "seconds": time.perf_counter() - start,
     }
 
@@ -75,18 +135,18 @@ def print_seed(result: dict[str, Any]) -> None:
     )
 
 
-def seeds(params: HyperParameters, n: int, results_file: Path) -> None:
+def seeds(params: HyperParameters, n: int, results_file: Path, loop: str) -> None:
     """Train n seeds from params.random_seed on, but for those that the file has already."""
     if n < 1:
         raise ValueError(f"--n is {n}; allowed is 1 or more")
     runs = [replace(params, random_seed=params.random_seed + i) for i in range(n)]
-    wanted = [recorded(run) for run in runs]
+    wanted = [recorded(run, loop) for run in runs]
     lines = results_file.read_text().splitlines() if results_file.exists() else []
     results = [result for result in map(json.loads, lines) if result["run"] in wanted]
     for result in results:
         print_seed(result)
     finished = [result["run"] for result in results]
-    runs = [run for run in runs if recorded(run) not in finished]
+    runs = [run for run in runs if recorded(run, loop) not in finished]
 
     cores = torch.get_num_threads() if mnist_cnn.pick_device(params).type == "cpu" else 1
     context = multiprocessing.get_context("spawn")  # a forked process could not use CUDA
@@ -94,7 +154,7 @@ def seeds(params: HyperParameters, n: int, results_file: Path) -> None:
         context.Pool(min(cores, len(runs)) or 1, prepare_worker) as pool,
         results_file.open("a") as file,
     ):
-        for result in pool.imap_unordered(train_seed, runs):
+        for result in pool.imap_unordered(functools.partial(train_seed, loop=loop), runs):
             file.write(json.dumps(result) + "\n")
             file.flush()
             results.append(result)
@@ -109,6 +169,8 @@ def seeds(params: HyperParameters, n: int, results_file: Path) -> None:
             f"{name}: {statistics.mean(accuracies):.3f} ± {sd:.3f} % (mean ± sd), "
             f"{min(accuracies):.2f} to {max(accuracies):.2f} %, {n} seeds"
         )
+    means = map(statistics.mean, zip(*(result["test by epoch"] for result in results), strict=True))
+    print("test, mean by epoch:", *(f"{mean:.2f}" for mean in means))
 
 
 # ---- Speed --------------------------------------------------------------------------------------
@@ -136,35 +198,7 @@ def module_loop(params: HyperParameters) -> Callable[[], object]:
 
 
 def straightforward_loop(params: HyperParameters) -> Callable[[], object]:
-    """As most MNIST scripts have it: no augmentation, no schedule, float32."""
-    from torchvision.datasets import MNIST
-    from torchvision.transforms import Compose, Normalize, ToTensor
-
-    dataset = MNIST.__new__(MNIST)  # the images may be random: none of its files are read
-    dataset.data, dataset.targets = timed_images(params)
-    dataset.data = dataset.data.squeeze(1)
-    dataset.transform = Compose([ToTensor(), Normalize((0.1307,), (0.3081,))])
-    dataset.target_transform = None
-    loader = DataLoader(dataset, batch_size=params.batch_size, shuffle=True)
-    device = mnist_cnn.pick_device(params)
-    model = mnist_cnn.TinyCNN(params.dropout_rate).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=params.learning_rate)
-
-    def train() -> tuple[float, float]:
-        model.train()
-        loss_sum, correct = 0.0, 0
-        for images, labels in loader:
-            images, labels = images.to(device), labels.to(device)
-            optimizer.zero_grad()
-            logits = model(images)
-            loss = F.cross_entropy(logits, labels)
-            loss.backward()
-            optimizer.step()
-            loss_sum += loss.item()
-            correct += (logits.argmax(dim=1) == labels).sum().item()
-        return loss_sum / len(loader), 100 * correct / len(dataset)
-
-    return train
+    return straightforward(params, *timed_images(params))[1]
 
 
 @functools.cache  # a worker process builds its loop once
@@ -255,6 +289,12 @@ def main() -> int:
     parser.add_argument("measurement", choices=["seeds", "speed"])
     parser.add_argument("--n", type=int, default=10, help="number of seeds (default: %(default)s)")
     parser.add_argument(
+        "--loop",
+        choices=["module", "straightforward"],
+        default="module",
+        help="whose accuracy over seeds (default: %(default)s)",
+    )
+    parser.add_argument(
         "--results",
         type=Path,
         default=Path("seeds.jsonl"),
@@ -263,11 +303,11 @@ def main() -> int:
     mnist_cnn.add_hyperparameters(parser)
     arguments = vars(parser.parse_args())
     measurement = arguments.pop("measurement")
-    n, results_file = arguments.pop("n"), arguments.pop("results")
+    n, results_file, loop = (arguments.pop(name) for name in ("n", "results", "loop"))
     try:
         params = HyperParameters(**arguments)
         if measurement == "seeds":
-            seeds(params, n, results_file)
+            seeds(params, n, results_file, loop)
         else:
             speed(params)
     except (OSError, ValueError) as error:
