@@ -451,6 +451,23 @@ def test_without_validation_images_the_last_epoch_is_kept(
     mnist_cnn.plot_history(history).savefig(tmp_path / "curves.png")
 
 
+def test_mistakes_are_counted_and_shown_with_the_surest_first() -> None:
+    labels = torch.tensor([3, 3, 5, 7, 7])
+    guesses = torch.tensor([5, 5, 5, 1, 7])
+    logits = F.one_hot(guesses, 10) * torch.tensor([1.0, 3.0, 9.0, 2.0, 9.0]).view(-1, 1)
+    figure = mnist_cnn.plot_mistakes(torch.zeros(5, 1, 28, 28), labels, logits)
+    confusion, *pictures = figure.get_axes()
+    cells = {text.get_position(): int(text.get_text()) for text in confusion.texts}
+    assert cells == {(5, 3): 2, (1, 7): 1}  # guess across, truth down
+    titles = [axes.get_title() for axes in pictures if axes.get_title()]
+    sure = [100 * math.e**x / (math.e**x + 9) for x in (3, 2, 1)]
+    assert titles == [
+        f"{pair}, {percent:.0f}%"
+        for pair, percent in zip(["3 as 5", "7 as 1", "3 as 5"], sure, strict=True)
+    ]
+    assert figure.get_suptitle() == "3 of 5 images missed"
+
+
 def test_an_unusable_checkpoint_path_stops_before_training(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "missing" / "model.pth"):
         with pytest.raises(OSError, match=f"cannot write {path}: "):
@@ -685,13 +702,14 @@ def test_a_short_run_learns_and_says_so(short_run: ShortRun) -> None:
         rf"^Epoch 1/1 - Loss: \d\.\d{{4}}, Train Acc: {percent}, Val Acc: {percent}, "
         rf"Test Acc: {percent}\n"
         rf"Loaded best model from epoch 1 with validation accuracy: {percent}\n"
+        rf"(?:\d: {percent}, .* missed\n){{10}}Drawn in digits_mistakes.png\n"
         "Evaluating saved best model:\n"
         rf"Current test accuracy: {percent}\n\Z",
         run.stdout,
         re.MULTILINE,
     )
     assert lines, run.stdout
-    _, validation, test, best_validation, saved_test = map(float, lines.groups())
+    _, validation, test, best_validation, _, saved_test = map(float, lines.groups())
     assert (validation, test) == (best_validation, saved_test)
     assert validation > 95
     assert test > 95
@@ -699,9 +717,28 @@ def test_a_short_run_learns_and_says_so(short_run: ShortRun) -> None:
 
 def test_a_short_run_leaves_the_checkpoint_and_its_curves(short_run: ShortRun) -> None:
     folder, _ = short_run
-    assert sorted(path.name for path in folder.iterdir()) == ["digits.pth", "digits_curves.png"]
+    pictures = {"digits_curves.png", "digits_mistakes.png"}
+    assert {path.name for path in folder.iterdir()} == {"digits.pth", *pictures}
     TinyCNN().load_state_dict(torch.load(folder / "digits.pth"))
-    assert (folder / "digits_curves.png").read_bytes().startswith(b"\x89PNG")
+    assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+
+
+def test_evaluate_counts_the_mistakes_of_each_digit(
+    params: HyperParameters, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "model.pth"
+    shutil.copy(CHECKPOINT, path)
+    assert mnist_cnn.main(["evaluate", str(path), "--data-dir", params.data_dir]) == 0
+    output = capsys.readouterr().out
+    accuracy = float(re.match(r"Current test accuracy: (\d\d\.\d\d)%\n", output)[1])
+    counts = re.findall(r"^(\d): (\S+)%, (\d+) of (\d+) missed$", output, re.MULTILINE)
+    assert [int(total) for *_, total in counts] == [
+        980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009,
+    ]  # fmt: skip
+    assert sum(int(missed) for _, _, missed, _ in counts) == round(100 * (100 - accuracy))
+    for _, percent, missed, total in counts:
+        assert float(percent) == pytest.approx(100 - 100 * int(missed) / int(total), abs=0.006)
+    assert (tmp_path / "model_mistakes.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_help_explains_each_field_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
