@@ -8,12 +8,14 @@ Usage:
     python mnist_cnn.py --num-epochs 5     every field of HyperParameters is a flag: see --help
     python mnist_cnn.py --resume           carry on after Ctrl-C, a crash or a power failure
     python mnist_cnn.py evaluate           test accuracy of best_mnist_model.pth, by digit
+    python mnist_cnn.py predict photo.jpg  which digit is on a picture of your own
     pytest test_mnist_model.py -v          check the module and the shipped checkpoint
 """
 
 import argparse
 import ctypes
 import io
+import json
 import math
 import os
 import shutil
@@ -614,6 +616,190 @@ def load_and_evaluate_model(
     return model, accuracy
 
 
+# ---- Digits from anywhere -----------------------------------------------------------------------
+
+MAX_PIXELS = 50_000_000  # larger pictures would take gigabytes to decode
+
+
+def read_brightness(picture: Any) -> Tensor:
+    """(H, W) float32 in 0..1 of a path, an open file, a PIL image, an array or a tensor.
+
+    Arrays and tensors are (H, W), or have 1, 3 or 4 channels, first or last; their values are in
+    0..1 or 0..255, or integers from 0 up. Transparent places become paper.
+
+    Raises:
+        OSError: the file is missing, or is no picture.
+        ValueError: the picture is too large, or has another shape, or has NaN or negative values.
+    """
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    if isinstance(picture, (str, Path)) or hasattr(picture, "read"):
+        try:
+            picture = Image.open(picture)
+        except Image.DecompressionBombError as error:
+            raise ValueError(f"more than {MAX_PIXELS:,} pixels") from error
+    if isinstance(picture, Image.Image):
+        if picture.width * picture.height > MAX_PIXELS:
+            raise ValueError(f"more than {MAX_PIXELS:,} pixels: {picture.width}x{picture.height}")
+        picture = ImageOps.exif_transpose(picture)  # photos may lie on their side
+        if not picture.mode.startswith(("I", "F")):  # those have no colour, but more than 8 bits
+            picture = picture.convert("RGBA")
+    if isinstance(picture, Tensor):
+        picture = picture.detach().cpu()
+    values = torch.from_numpy(np.asarray(picture).astype(np.float32))
+    if values.ndim == 2:
+        values = values.unsqueeze(-1)
+    elif values.ndim == 3 and values.shape[-1] not in (1, 3, 4):
+        values = values.movedim(0, -1)
+    if values.ndim != 3 or values.shape[-1] not in (1, 3, 4) or values.numel() == 0:
+        raise ValueError(
+            f"shape {tuple(np.shape(picture))}, where one picture is (H, W) or (H, W, 3)"
+        )
+    if not values.isfinite().all() or values.min() < 0:
+        raise ValueError("has NaN, infinite or negative values")
+    if values.max() > 1 or np.asarray(picture).dtype == np.uint8:
+        values = values / max(255.0, values.max().item())
+    if values.shape[-1] == 1:
+        return values.squeeze(-1)
+    grey = values[..., :3] @ torch.tensor([0.299, 0.587, 0.114])  # ITU-R BT.601
+    if values.shape[-1] == 3:
+        return grey
+    alpha = values[..., 3]
+    paper = 1.0 if (grey * alpha).sum() < 0.5 * alpha.sum() else 0.0  # dark ink is on light paper
+    return grey * alpha + paper * (1 - alpha)
+
+
+def resized(image: Tensor, longest: int) -> Tensor:
+    """(H, W), antialiased, to this many pixels along its longest side."""
+    height, width = (max(1, round(side * longest / max(image.shape))) for side in image.shape)
+    size = (height, width)
+    return F.interpolate(image[None, None], size, mode="bilinear", antialias=True)[0, 0]
+
+
+def dilated(image: Tensor, pixels: int) -> Tensor:
+    """(H, W): each pixel becomes the brightest of those so far around it."""
+    return F.max_pool2d(image[None, None], 2 * pixels + 1, stride=1, padding=pixels)[0, 0]
+
+
+def cropped(image: Tensor, ink: Tensor) -> Tensor:
+    """(H, W) to the rows and columns that have ink."""
+    (top, *_, bottom), (left, *_, right) = (
+        2 * ink.any(axis).nonzero().flatten().tolist() for axis in (1, 0)
+    )
+    return image[top : bottom + 1, left : right + 1]
+
+
+def find_ink(brightness: Tensor) -> Tensor:
+    """(H, W) of any size, dark on light or light on dark, to ink in 0..1 on paper of 0, cropped.
+
+    Raises:
+        ValueError: nothing is written on it.
+    """
+    if max(brightness.shape) > 192:
+        brightness = resized(brightness, 192)
+    # The light falls smoothly: a quadratic surface, fitted to the half that it fits best, is the
+    # paper (least trimmed squares; Rousseeuw, 1984).
+    y, x = torch.meshgrid(
+        *(torch.linspace(-1, 1, side) for side in brightness.shape), indexing="ij"
+    )
+    surface = torch.stack([x**0, x, y, x * x, x * y, y * y], dim=-1)
+    difference = brightness - brightness.median()
+    for _ in range(10):
+        paper = difference.abs() <= difference.abs().median()
+        fit = torch.linalg.lstsq(surface[paper], brightness[paper].unsqueeze(1), driver="gelsd")
+        difference = brightness - (surface @ fit.solution).squeeze(-1)
+    ink = (difference if difference.pow(3).sum() > 0 else -difference).clamp(min=0)
+
+    # Otsu's threshold (1979): the one that splits the pixels into the most distant two classes.
+    levels = torch.linspace(0.02, 0.98, 49) * ink.max()
+    above = (ink.flatten() > levels.unsqueeze(1)).float()
+    shares = above.mean(1)
+    high = (above * ink.flatten()).mean(1) / shares
+    low = ((1 - above) * ink.flatten()).mean(1) / (1 - shares)
+    best = (shares * (1 - shares) * (high - low) ** 2).nan_to_num().argmax()
+    if not high[best] > 0.1:  # less contrast than a faint pencil's
+        raise ValueError("blank: nothing is written on it")
+    half = levels[best] / 2
+    ink = ((ink - half) / (high[best] - half)).clamp(0, 1)
+
+    # Connected parts, by spreading the largest label; what is small beside the largest is dirt.
+    stroke = ink > 0.5
+    spread = torch.arange(1.0, ink.numel() + 1).view(ink.shape) * stroke
+    labels = torch.zeros_like(spread)
+    while not torch.equal(labels, spread):
+        labels, spread = spread, dilated(spread, 2) * stroke  # 2: over a gap of one pixel
+    sizes = labels.long().flatten().bincount()
+    sizes[0] = 0
+    kept = (sizes >= 0.1 * sizes.max())[labels.long()]
+    return cropped(ink * dilated(kept.float(), 1), kept)
+
+
+def like_mnist(brightness: Tensor) -> Tensor:
+    """(H, W) in 0..1 to (1, 28, 28) uint8, made as MNIST was (LeCun et al., 1998).
+
+    The ink fits into 20x20 pixels, with its centre of mass in the middle of 28x28. An image that
+    is so already stays as it is.
+
+    Raises:
+        ValueError: nothing is written on it.
+    """
+
+    def centre(ink: Tensor) -> list[float]:
+        return [
+            ((ink.sum(1 - axis) * torch.arange(ink.shape[axis])).sum() / ink.sum()).item()
+            for axis in (0, 1)
+        ]
+
+    if brightness.shape == (28, 28) and brightness.any():
+        fits = max(cropped(brightness, brightness > 0).shape) in (19, 20)
+        if fits and all(abs(middle - 14) < 0.55 for middle in centre(brightness)):
+            return (brightness * 255).round().byte().unsqueeze(0)
+
+    # Four dots a pixel. MNIST's strokes are mostly 1.4 to 2.7 pixels thick: others are made so.
+    ink = F.pad(resized(find_ink(brightness), 80), [16] * 4)
+    stroke = (ink > 0.5).float()
+    outline = stroke.diff(dim=0).abs().sum() + stroke.diff(dim=1).abs().sum()
+    thickness = (2 * stroke.sum() / outline).item() / 4
+    grow = round(2 * (min(max(thickness, 1.4), 2.7) - thickness))
+    ink = dilated(ink, grow) if grow >= 0 else -dilated(-ink, min(-grow, 2))
+
+    ink = resized(cropped(ink, ink > 0.2), 20)
+    top, left = (
+        min(max(round(14 - middle), 0), 28 - side)
+        for middle, side in zip(centre(ink), ink.shape, strict=True)
+    )
+    image = torch.zeros(1, 28, 28, dtype=torch.uint8)
+    image[0, top : top + ink.shape[0], left : left + ink.shape[1]] = (255 * ink / ink.max()).round()
+    return image
+
+
+def predict_digits(model: nn.Module, images: Any) -> tuple[Tensor, Tensor]:
+    """Classify pictures of one handwritten digit each.
+
+    Args:
+        model: as load_and_evaluate_model returns it.
+        images: a list of paths, PIL images, arrays or tensors (see read_brightness), or a batch
+            of them as one array or tensor. Any size, dark on light or light on dark.
+
+    Returns:
+        digits (N,) int64; probabilities (N, 10) float32.
+
+    Raises:
+        OSError, ValueError: see read_brightness and like_mnist; the message names the picture.
+    """
+    batch = []
+    for number, picture in enumerate(images):
+        name = picture if isinstance(picture, (str, Path)) else f"picture {number}"
+        try:
+            batch.append(like_mnist(read_brightness(picture)))
+        except (OSError, ValueError) as error:
+            raise type(error)(f"{name}: {getattr(error, 'strerror', None) or error}") from error
+    device = next(model.parameters()).device
+    probabilities = infer(model, torch.stack(batch).to(device)).softmax(1).cpu()
+    return probabilities.argmax(1), probabilities
+
+
 # ---- Pictures -----------------------------------------------------------------------------------
 
 
@@ -735,7 +921,9 @@ def train_command(argv: list[str]) -> None:
     from torchsummary import summary
 
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [options]\n       %(prog)s evaluate [--help] [options] [CHECKPOINT]",
+        usage="%(prog)s [options]\n"
+        "       %(prog)s evaluate [--help] [options] [CHECKPOINT]\n"
+        "       %(prog)s predict [--help] [options] FILE...",
         description="Train TinyCNN on MNIST and evaluate it.",
     )
     parser.add_argument(
@@ -773,10 +961,43 @@ def evaluate_command(argv: list[str]) -> None:
     save_mistakes(model, checkpoint, params)
 
 
+def predict_command(argv: list[str]) -> int:
+    """Print a line a file; 2 if one of them could not be classified, else 0."""
+    parser = argparse.ArgumentParser(
+        prog=f"{Path(sys.argv[0]).name} predict",
+        description="Classify pictures of one handwritten digit each.",
+    )
+    parser.add_argument("files", nargs="+", metavar="FILE", help="a picture; - is standard input")
+    parser.add_argument("--json", action="store_true", help="a JSON object a line")
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="default: %(default)s")
+    add_hyperparameters(parser, "device")
+    arguments = parser.parse_args(argv)
+    model = load_checkpoint(arguments.checkpoint, HyperParameters(device=arguments.device))
+    status = 0
+    for name in arguments.files:
+        picture = io.BytesIO(sys.stdin.buffer.read()) if name == "-" else name
+        try:
+            _, (probabilities,) = predict_digits(model, [picture])
+        except (OSError, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            status = 2
+            continue
+        (best, second), (digit, runner_up) = (top.tolist() for top in probabilities.topk(2))
+        if arguments.json:
+            line = {"file": name, "digit": digit, "probabilities": probabilities.tolist()}
+            print(json.dumps(line), flush=True)
+        else:
+            chances = f"{digit} ({100 * best:.1f}%), or {runner_up} ({100 * second:.1f}%)"
+            print(f"{name}: {chances}", flush=True)
+    return status
+
+
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line asks; 0, or 2 after an error in what was asked."""
     argv = sys.argv[1:] if argv is None else argv
     try:
+        if argv[:1] == ["predict"]:
+            return predict_command(argv[1:])
         if argv[:1] == ["evaluate"]:
             evaluate_command(argv[1:])
         else:
