@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import OneCycleLR
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 # torchvision, matplotlib and torchsummary are imported where they are used: `import mnist_cnn`
 # then takes as long as `import torch`, not half as long again.
@@ -88,7 +88,8 @@ class HyperParameters:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value, kind, allowed = getattr(self, f.name), f.type, f.metadata["allowed"]
+            value, allowed = getattr(self, f.name), f.metadata["allowed"]
+            kind: Any = f.type
             right_type = isinstance(value, (int, float) if kind is float else kind)
             if not right_type or isinstance(value, bool) or not is_allowed(value, allowed):
                 raise ValueError(f"{f.name} is {value!r}; allowed is {kind.__name__} {allowed}")
@@ -230,8 +231,9 @@ class TinyCNN(nn.Module):
         self.fc = nn.Sequential(nn.Dropout(dropout_rate), nn.Linear(16 * 7 * 7, 10))
 
     def forward(self, images: Tensor) -> Tensor:
-        features = self.conv4(self.conv3(self.conv2(self.conv1(images))))
-        return self.fc(features.flatten(1))
+        features: Tensor = self.conv4(self.conv3(self.conv2(self.conv1(images))))
+        logits: Tensor = self.fc(features.flatten(1))
+        return logits
 
 
 # ---- Training -----------------------------------------------------------------------------------
@@ -265,8 +267,8 @@ def pick_device(params: HyperParameters) -> torch.device:
         ValueError: there is no such device here.
     """
     if params.device == "auto":
-        accelerated = torch.accelerator.is_available()
-        return torch.accelerator.current_accelerator() if accelerated else torch.device("cpu")
+        there = torch.accelerator.is_available()
+        return (there and torch.accelerator.current_accelerator()) or torch.device("cpu")
     try:
         return torch.empty(0, device=params.device).device
     except (RuntimeError, AssertionError) as error:  # the latter from builds without CUDA
@@ -277,8 +279,8 @@ def pick_device(params: HyperParameters) -> torch.device:
 def uses_bfloat16(params: HyperParameters, device: torch.device) -> bool:
     """Whether this CPU has instructions for bfloat16: training is 1.4 times as fast with them."""
     # torch.cpu.get_capabilities came with torch 2.11: without it nobody can tell.
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    native = device.type == "cpu" and capabilities.get("avx512_bf16", False)
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    native = device.type == "cpu" and capabilities.get("avx512_bf16") is True
     return native and params.precision == "auto"
 
 
@@ -292,7 +294,7 @@ def keep_freed_memory() -> None:
 
 def new_model(params: HyperParameters, device: torch.device) -> TinyCNN:
     # The memory layout that convolutions are fastest in; the weights are the same.
-    return TinyCNN(params.dropout_rate).to(device, memory_format=torch.channels_last)
+    return TinyCNN(params.dropout_rate).to(device).to(memory_format=torch.channels_last)
 
 
 def new_optimizer(
@@ -363,8 +365,9 @@ def train_epoch(
     model.train()
     loss_sum = correct = torch.zeros((), device=images.device)
     batches = torch.randperm(len(images)).to(images.device).split(params.batch_size)
-    # disable=None: no bar where standard error is not a terminal.
-    with tqdm(batches, title, disable=None) as bar:
+    # No bar in a log file; but one in a notebook, whose standard error is no terminal either.
+    watched = sys.stderr.isatty() or "ipykernel" in sys.modules
+    with tqdm(batches, title, disable=not watched) as bar:
         for step, batch in enumerate(bar, start=1):
             warped = normalize(augment(images[batch], params))
             with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
@@ -427,7 +430,7 @@ def train_model(
     model = new_model(params, device)
     steps_per_epoch = math.ceil(len(training_set[0]) / params.batch_size)
     optimizer, schedule = new_optimizer(model, params, params.num_epochs * steps_per_epoch)
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
     history: list[EpochMetrics] = []
     best: dict[str, Tensor] = {}
     if state is not None:
@@ -803,14 +806,26 @@ def predict_digits(model: nn.Module, images: Any) -> tuple[Tensor, Tensor]:
 # ---- Pictures -----------------------------------------------------------------------------------
 
 
+def new_figure(width: float, height: float) -> "Figure":
+    """Not one of pyplot, which keeps every figure and picks a backend: this needs no display."""
+    from matplotlib.figure import Figure
+
+    def png() -> bytes:
+        buffer = io.BytesIO()
+        figure.savefig(buffer)
+        return buffer.getvalue()
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure._repr_png_ = png  # type: ignore[attr-defined]  # what a notebook shows
+    return figure
+
+
 def plot_history(history: list[EpochMetrics]) -> "Figure":
     """The curves of loss and accuracy over the epochs, with the kept epoch marked."""
-    # Not pyplot, which keeps every figure and picks a backend: this needs no display.
-    from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     kept = kept_epoch(history).epoch
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    figure = new_figure(10, 4.5)
     loss_axes, accuracy_axes = figure.subplots(1, 2)
     for axes, name, label in (
         (loss_axes, "loss", "training (augmented, with dropout)"),
@@ -848,7 +863,6 @@ def plot_mistakes(images: Tensor, labels: Tensor, logits: Tensor) -> "Figure":
         labels: (N,) int64.
         logits: (N, 10).
     """
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MultipleLocator
 
     images, labels, logits = images.cpu(), labels.cpu(), logits.cpu()
@@ -860,10 +874,10 @@ def plot_mistakes(images: Tensor, labels: Tensor, logits: Tensor) -> "Figure":
 
     columns = 8
     rows = min(max(5, math.ceil(len(missed) / columns)), 12)
-    figure = Figure(figsize=(13, 1.15 * rows + 0.6), layout="constrained")
+    figure = new_figure(13, 1.15 * rows + 0.6)
     shown = "" if len(missed) <= rows * columns else f"; the {rows * columns} surest are shown"
     figure.suptitle(f"{len(missed):,} of {len(labels):,} images missed{shown}")
-    left, right = figure.subfigures(1, 2, width_ratios=(5, 8))
+    left, right = figure.subfigures(1, 2, width_ratios=(5, 8), squeeze=False)[0]
     axes = left.subplots()
     axes.imshow(counts.numpy(), cmap="Blues")
     for truth, guess in counts.nonzero().tolist():
