@@ -6,6 +6,7 @@ Test accuracy: 99.563 ± 0.041 %, mean ± sd over 10 seeds (`python benchmark.py
 Usage:
     python mnist_cnn.py                    train, save best_mnist_model.pth, draw the curves
     python mnist_cnn.py --num-epochs 5     every field of HyperParameters is a flag: see --help
+    python mnist_cnn.py --synthetic        try it without MNIST, on digits drawn in fonts
     python mnist_cnn.py --resume           carry on after Ctrl-C, a crash or a power failure
     python mnist_cnn.py evaluate           test accuracy of best_mnist_model.pth, by digit
     python mnist_cnn.py predict photo.jpg  which digit is on a picture of your own
@@ -14,10 +15,12 @@ Usage:
 
 import argparse
 import ctypes
+import functools
 import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -48,6 +51,8 @@ def setting(default: Any, allowed: str, explanation: str) -> Any:
 
 
 def is_allowed(value: float | str, allowed: str) -> bool:
+    if isinstance(value, bool):
+        return allowed == "True|False"
     if isinstance(value, str):
         return allowed in ("path", "device") or value in allowed.split("|")
     low, high = (float(bound) for bound in allowed[1:-1].split(","))
@@ -78,7 +83,8 @@ class HyperParameters:
     max_shift: float = setting(2.0, "[0, 28]", "augmentation: pixels, along each axis")
     max_scaling: float = setting(0.1, "[0, 1)", "augmentation: share of size, up or down")
     validation_size: int = setting(5_000, "[0, 59999]", "training images that choose the epoch")
-    # How it is computed.
+    # What it is computed of, and how.
+    synthetic: bool = setting(False, "True|False", "digits drawn in fonts in place of MNIST")
     device: str = setting("auto", "device", "cpu, cuda, cuda:1, mps, ...; auto: the fastest")
     precision: str = setting("auto", "auto|float32", "of training; auto: the CPU's fastest")
     data_dir: str = field(
@@ -91,7 +97,7 @@ class HyperParameters:
             value, allowed = getattr(self, f.name), f.metadata["allowed"]
             kind: Any = f.type
             right_type = isinstance(value, (int, float) if kind is float else kind)
-            if not right_type or isinstance(value, bool) or not is_allowed(value, allowed):
+            if not right_type or not is_allowed(value, allowed):
                 raise ValueError(f"{f.name} is {value!r}; allowed is {kind.__name__} {allowed}")
 
 
@@ -137,7 +143,7 @@ def load_mnist(data_dir: str, train: bool) -> tuple[Tensor, Tensor]:
             raise FileNotFoundError(
                 f"MNIST is not in {raw} and cannot be downloaded ({str(error).splitlines()[-1]}): "
                 f"put {', '.join(MNIST_FILES)} there, or set MNIST_DATA_DIR to the folder "
-                "whose MNIST/raw has them"
+                "whose MNIST/raw has them, or try everything on drawn digits with --synthetic"
             ) from error
     for name, md5 in MNIST_FILES.items():
         if name.startswith("train" if train else "t10k") and not check_integrity(raw / name, md5):
@@ -149,13 +155,42 @@ def load_mnist(data_dir: str, train: bool) -> tuple[Tensor, Tensor]:
     return dataset.data.unsqueeze(1), dataset.targets
 
 
+@functools.cache
+def draw_digits(train: bool) -> tuple[Tensor, Tensor]:
+    """60,000 or 10,000 digits in the fonts of matplotlib, warped at random: as load_mnist's."""
+    from matplotlib import get_data_path
+    from PIL import Image, ImageDraw, ImageFont
+
+    fonts = sorted(Path(get_data_path(), "fonts", "ttf").glob("[DSc]*.ttf"))
+    without_digits = re.compile("Display|STIXNonUni|STIXSiz|cmex|cmmi|cmsy")
+    drawn = []
+    for file in fonts:
+        if without_digits.search(file.name):
+            continue
+        font = ImageFont.truetype(file, 80)
+        for digit in "0123456789":
+            image = Image.new("L", (100, 100))
+            ImageDraw.Draw(image).text((50, 50), digit, 255, font, anchor="mm")
+            drawn.append(like_mnist(read_brightness(image)))
+    warp = HyperParameters(max_rotation=15.0, max_shift=2.0, max_scaling=0.2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(train))
+        chosen = torch.randint(len(drawn), (60_000 if train else 10_000,))
+        warped = [augment(batch, warp).byte() for batch in torch.stack(drawn)[chosen].split(1_000)]
+    return torch.cat(warped), chosen % 10
+
+
+def load_images(params: HyperParameters, train: bool) -> tuple[Tensor, Tensor]:
+    return draw_digits(train) if params.synthetic else load_mnist(params.data_dir, train)
+
+
 def load_splits(params: HyperParameters, device: torch.device) -> list[tuple[Tensor, Tensor]]:
     """Images and labels, as load_mnist gives them, of the training, validation and test split."""
-    images, labels = load_mnist(params.data_dir, train=True)
+    images, labels = load_images(params, train=True)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SPLIT_SEED))
     validation, training = order.tensor_split([params.validation_size])
     splits = [(images[index], labels[index]) for index in (training, validation)]
-    splits.append(load_mnist(params.data_dir, train=False))
+    splits.append(load_images(params, train=False))
     return [(images.to(device), labels.to(device)) for images, labels in splits]
 
 
@@ -238,6 +273,8 @@ class TinyCNN(nn.Module):
 
 # ---- Training -----------------------------------------------------------------------------------
 
+CHECKPOINT = Path("best_mnist_model.pth")
+
 
 class EpochMetrics(NamedTuple):
     """One epoch: loss in nats an image, accuracy in percent; NaN without validation images.
@@ -258,6 +295,10 @@ class EpochMetrics(NamedTuple):
         if not math.isnan(self.validation_accuracy):
             parts.append(f"Val Acc: {self.validation_accuracy:.2f}%")
         return ", ".join([*parts, f"Test Acc: {self.test_accuracy:.2f}%"])
+
+
+def say(params: HyperParameters, line: str) -> None:
+    print(f"synthetic digits: {line}" if params.synthetic else line, flush=True)
 
 
 def pick_device(params: HyperParameters) -> torch.device:
@@ -397,7 +438,7 @@ def train_epoch(
 
 def train_model(
     params: HyperParameters,
-    checkpoint_path: str | Path = "best_mnist_model.pth",
+    checkpoint_path: str | Path = CHECKPOINT,
     resume: bool = False,
 ) -> tuple[TinyCNN, list[EpochMetrics]]:
     """Train on MNIST, printing a line an epoch, and save the kept epoch's weights.
@@ -416,6 +457,8 @@ def train_model(
         OSError: a file cannot be written.
     """
     path = Path(checkpoint_path).resolve()
+    if params.synthetic and path.name == CHECKPOINT.name:
+        raise ValueError(f"{path} is for MNIST: name another checkpoint for synthetic digits")
     if path.is_dir() or not os.access(path.parent, os.W_OK):  # before minutes are spent on it
         raise OSError(f"cannot write {path}: it is a folder, or its folder is missing or read-only")
     run_path = Path(f"{path}.resume")
@@ -424,7 +467,7 @@ def train_model(
     torch.backends.cudnn.deterministic = True  # of a GPU's convolutions
     training_set, validation_set, test_set = load_splits(params, device)
     precision = "bfloat16" if uses_bfloat16(params, device) else "float32"
-    print(f"Training on {device} in {precision}, {torch.get_num_threads()} threads", flush=True)
+    say(params, f"Training on {device} in {precision}, {torch.get_num_threads()} threads")
 
     torch.manual_seed(1000 * params.random_seed)
     model = new_model(params, device)
@@ -437,9 +480,9 @@ def train_model(
         for name, part in parts.items():
             part.load_state_dict(state[name])
         history, best = [EpochMetrics(*metrics) for metrics in state["history"]], state["best"]
-        print(f"Carrying on after epoch {len(history)}", flush=True)
+        say(params, f"Carrying on after epoch {len(history)}")
     elif run_path.exists():
-        print(f"{run_path} holds an interrupted run: it will be replaced after one epoch")
+        say(params, f"{run_path} holds an interrupted run: it will be replaced after one epoch")
 
     try:
         for epoch in range(len(history) + 1, params.num_epochs + 1):
@@ -454,31 +497,31 @@ def train_model(
             if kept_epoch([*history, metrics]) is metrics:
                 best = cpu_copy(model.state_dict())
             history.append(metrics)
-            print(f"{title} - {metrics}", flush=True)
+            say(params, f"{title} - {metrics}")
             state = {name: part.state_dict() for name, part in parts.items()}
             state |= {"history": list(map(tuple, history)), "best": best}
             save(state | {"run": identity(params)}, run_path)
     except (KeyboardInterrupt, FloatingPointError):
         if history:
             save(best, path)
-            print(
+            say(
+                params,
                 f"Stopped after epoch {len(history)}. {path} has the best so far, epoch "
-                f"{kept_epoch(history).epoch}; the same command with --resume carries on"
+                f"{kept_epoch(history).epoch}; the same command with --resume carries on",
             )
         else:
-            print("Stopped within the first epoch: there is nothing to keep")
+            say(params, "Stopped within the first epoch: there is nothing to keep")
         raise
     save(best, path)
     run_path.unlink(missing_ok=True)
 
     kept = kept_epoch(history)
     if params.validation_size > 0:
-        print(
-            f"Loaded best model from epoch {kept.epoch} "
-            f"with validation accuracy: {kept.validation_accuracy:.2f}%"
-        )
+        accuracy = f"with validation accuracy: {kept.validation_accuracy:.2f}%"
+        say(params, f"Loaded best model from epoch {kept.epoch} {accuracy}")
     else:
-        print(f"Loaded model from epoch {kept.epoch}, the last: no validation images to choose by")
+        reason = "the last: no validation images to choose by"
+        say(params, f"Loaded model from epoch {kept.epoch}, {reason}")
     return load_checkpoint(path, params), history
 
 
@@ -613,9 +656,9 @@ def load_and_evaluate_model(
     """
     model = load_checkpoint(model_path, params)
     device = next(model.parameters()).device
-    test_set = (tensor.to(device) for tensor in load_mnist(params.data_dir, train=False))
+    test_set = (tensor.to(device) for tensor in load_images(params, train=False))
     _, accuracy = evaluate_model(model, *test_set)
-    print(f"Current test accuracy: {accuracy:.2f}%")
+    say(params, f"Current test accuracy: {accuracy:.2f}%")
     return model, accuracy
 
 
@@ -900,8 +943,6 @@ def plot_mistakes(images: Tensor, labels: Tensor, logits: Tensor) -> "Figure":
 
 # ---- Command line -------------------------------------------------------------------------------
 
-CHECKPOINT = Path("best_mnist_model.pth")
-
 
 def add_hyperparameters(parser: argparse.ArgumentParser, *names: str) -> None:
     """A flag for each field of HyperParameters, or for those named: explanation and default."""
@@ -910,25 +951,30 @@ def add_hyperparameters(parser: argparse.ArgumentParser, *names: str) -> None:
         if names and f.name not in names:
             continue
         default = getattr(defaults, f.name)
+        flag, explanation = f"--{f.name.replace('_', '-')}", f.metadata["help"]
+        if isinstance(default, bool):
+            parser.add_argument(flag, action="store_true", help=explanation)
+            continue
         parser.add_argument(
-            f"--{f.name.replace('_', '-')}",
+            flag,
             type=type(default),
             default=default,
             metavar=type(default).__name__.upper(),
-            help=f"{f.metadata['help']} (allowed: {f.metadata['allowed']}, default: %(default)s)",
+            help=f"{explanation} (allowed: {f.metadata['allowed']}, default: %(default)s)",
         )
 
 
 def save_mistakes(model: nn.Module, checkpoint: Path, params: HyperParameters) -> None:
     """Draw the test images that are missed, in `<checkpoint>_mistakes.png`; print it by digit."""
-    images, labels = load_mnist(params.data_dir, train=False)
+    images, labels = load_images(params, train=False)
     logits = infer(model, images.to(pick_device(params))).cpu()
     picture = checkpoint.with_name(f"{checkpoint.stem}_mistakes.png")
     plot_mistakes(images, labels, logits).savefig(picture)
     missed = labels[logits.argmax(1) != labels].bincount(minlength=10)
     for digit, (errors, total) in enumerate(zip(missed, labels.bincount(), strict=True)):
-        print(f"{digit}: {100 - 100 * errors / total:.2f}%, {errors} of {total} missed")
-    print(f"Drawn in {picture}")
+        accuracy = 100 - 100 * errors / total
+        say(params, f"{digit}: {accuracy:.2f}%, {errors} of {total} missed")
+    say(params, f"Drawn in {picture}")
 
 
 def train_command(argv: list[str]) -> None:
@@ -944,7 +990,8 @@ def train_command(argv: list[str]) -> None:
         "--checkpoint",
         type=Path,
         default=CHECKPOINT,
-        help="file for the weights; the pictures go beside it (default: %(default)s)",
+        help="file for the weights; the pictures go beside it (default: %(default)s, or "
+        "synthetic_model.pth)",
     )
     parser.add_argument(
         "--resume", action="store_true", help="carry on the run that was interrupted"
@@ -953,11 +1000,13 @@ def train_command(argv: list[str]) -> None:
     arguments = vars(parser.parse_args(argv))
     checkpoint, resume = arguments.pop("checkpoint"), arguments.pop("resume")
     params = HyperParameters(**arguments)
+    if params.synthetic and checkpoint == CHECKPOINT:
+        checkpoint = Path("synthetic_model.pth")
     summary(TinyCNN(params.dropout_rate), (1, 28, 28), device="cpu")
     model, history = train_model(params, checkpoint, resume)
     plot_history(history).savefig(checkpoint.with_name(f"{checkpoint.stem}_curves.png"))
     save_mistakes(model, checkpoint, params)
-    print("Evaluating saved best model:")
+    say(params, "Evaluating saved best model:")
     load_and_evaluate_model(checkpoint, params)
 
 
@@ -967,7 +1016,7 @@ def evaluate_command(argv: list[str]) -> None:
         description="Evaluate a checkpoint on MNIST's test images, and draw its mistakes.",
     )
     parser.add_argument("checkpoint", nargs="?", type=Path, default=CHECKPOINT)
-    add_hyperparameters(parser, "device", "data_dir")
+    add_hyperparameters(parser, "device", "data_dir", "synthetic")
     arguments = vars(parser.parse_args(argv))
     checkpoint = arguments.pop("checkpoint")
     params = HyperParameters(**arguments)

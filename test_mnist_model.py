@@ -229,6 +229,7 @@ def test_defaults_are_those_of_the_reference() -> None:
         ("num_epochs", 0),
         ("num_epochs", 2.5),
         ("num_epochs", True),
+        ("synthetic", 1),
         ("batch_size", -64),
         ("learning_rate", 0.0),
         ("learning_rate", math.inf),
@@ -882,6 +883,31 @@ def test_a_short_run_leaves_the_checkpoint_and_its_curves(short_run: ShortRun) -
     assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
 
 
+def test_a_synthetic_run_needs_no_mnist_and_says_what_it_is(tmp_path: Path) -> None:
+    flags = "--synthetic --num-epochs 1 --validation-size 57000 --data-dir nowhere"
+    (tmp_path / "best_mnist_model.pth").write_text("of an earlier run")
+    run = run_script(*flags.split(), cwd=tmp_path)
+    assert (run.returncode, run.stderr) == (0, "")
+    lines = run.stdout.splitlines()
+    table_ends = max(i for i, line in enumerate(lines) if set(line) == {"-"})
+    assert all(line.startswith("synthetic digits: ") for line in lines[table_ends + 1 :])
+    assert float(re.search(r"Current test accuracy: (\S+)%", run.stdout)[1]) > 90
+    assert (tmp_path / "best_mnist_model.pth").read_text() == "of an earlier run"
+    pictures = {"synthetic_model_curves.png", "synthetic_model_mistakes.png"}
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files == {"best_mnist_model.pth", "synthetic_model.pth", *pictures}
+    with pytest.raises(ValueError, match=r"best_mnist_model\.pth is for MNIST"):
+        mnist_cnn.train_model(HyperParameters(synthetic=True))
+
+
+def test_synthetic_digits_are_like_mnist() -> None:
+    images, labels = mnist_cnn.draw_digits(train=False)
+    assert (images.shape, images.dtype) == ((10_000, 1, 28, 28), torch.uint8)
+    assert labels.bincount().min() > 900
+    model = mnist_cnn.load_checkpoint(CHECKPOINT, HyperParameters()).cpu()  # has never seen a font
+    assert mnist_cnn.evaluate_model(model, images, labels)[1] > 80
+
+
 def test_evaluate_counts_the_mistakes_of_each_digit(
     params: HyperParameters, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -908,6 +934,9 @@ def test_help_explains_each_field_with_its_default(capsys: pytest.CaptureFixture
     for f in fields(HyperParameters):
         flag = "--" + f.name.replace("_", "-")
         default = getattr(HyperParameters(), f.name)
+        if default is False:
+            assert f"{flag} {f.metadata['help']}" in text
+            continue
         assert re.search(
             rf"{flag} [A-Z]+ {re.escape(f.metadata['help'])} .*?default: {default}\)", text
         )
