@@ -943,6 +943,20 @@ def test_help_explains_each_field_with_its_default(capsys: pytest.CaptureFixture
     assert "--checkpoint" in text
 
 
+def test_the_readme_has_every_field_with_its_default() -> None:
+    readme = MODULE.with_name("README.md").read_text()
+    table = re.search(r"\n\| field \| default .*?\n\n", readme, re.DOTALL)[0]
+    written = {}
+    for names, values in re.findall(r"^\| (`.*?) \| (.*?) \|", table, re.MULTILINE):
+        names, values = (cell.replace("`", "").split(", ") for cell in (names, values))
+        written |= zip(names, values, strict=True)
+    assert written.keys() == {f.name for f in fields(HyperParameters)}
+    for f in fields(HyperParameters):
+        default = {"data_dir": "data", "synthetic": "off"}.get(f.name, f.default)
+        value = written[f.name].replace(",", "")
+        assert value == default or float(value) == default
+
+
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
