@@ -289,6 +289,7 @@ class EpochMetrics(NamedTuple):
     validation_loss: float
     validation_accuracy: float
     test_accuracy: float
+    learning_rate: float = math.nan  # at the epoch's end
 
     def __str__(self) -> str:
         parts = [f"Loss: {self.loss:.4f}", f"Train Acc: {self.train_accuracy:.2f}%"]
@@ -493,7 +494,8 @@ def train_model(
             train_metrics = train_epoch(model, optimizer, schedule, training_set, params, title)
             validation_metrics = evaluate_model(model, *validation_set)
             _, test_accuracy = evaluate_model(model, *test_set)
-            metrics = EpochMetrics(epoch, *train_metrics, *validation_metrics, test_accuracy)
+            last = (test_accuracy, float(schedule.get_last_lr()[0]))
+            metrics = EpochMetrics(epoch, *train_metrics, *validation_metrics, *last)
             if kept_epoch([*history, metrics]) is metrics:
                 best = cpu_copy(model.state_dict())
             history.append(metrics)
@@ -864,33 +866,37 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def plot_history(history: list[EpochMetrics]) -> "Figure":
-    """The curves of loss and accuracy over the epochs, with the kept epoch marked."""
+    """Loss, accuracy and learning rate over the epochs, with the kept epoch marked."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     kept = kept_epoch(history).epoch
-    figure = new_figure(10, 4.5)
-    loss_axes, accuracy_axes = figure.subplots(1, 2)
-    for axes, name, label in (
-        (loss_axes, "loss", "training (augmented, with dropout)"),
-        (loss_axes, "validation_loss", "validation"),
-        (accuracy_axes, "train_accuracy", "training (augmented, with dropout)"),
-        (accuracy_axes, "validation_accuracy", "validation"),
-        (accuracy_axes, "test_accuracy", "test"),
+    figure = new_figure(13, 4.5)
+    loss_axes, accuracy_axes, rate_axes = figure.subplots(1, 3, width_ratios=(5, 5, 3))
+    # Blue, orange and black: apart for the colour-blind too.
+    for axes, name, color, label in (
+        (loss_axes, "loss", "C0", "training (augmented, with dropout)"),
+        (loss_axes, "validation_loss", "C1", "validation"),
+        (accuracy_axes, "train_accuracy", "C0", "training (augmented, with dropout)"),
+        (accuracy_axes, "validation_accuracy", "C1", "validation"),
+        (accuracy_axes, "test_accuracy", "black", "test"),
+        (rate_axes, "learning_rate", "C0", "at the epoch's end"),
     ):
         values = [getattr(metrics, name) for metrics in history]
         if axes is accuracy_axes:  # errors on a logarithmic axis: 99.5 and 99.6 % are apart there
             values = [100 - accuracy for accuracy in values]
-        axes.plot([metrics.epoch for metrics in history], values, ".-", label=label)
+        axes.plot([metrics.epoch for metrics in history], values, ".-", color=color, label=label)
 
     loss_axes.set(title="Loss", ylabel="cross-entropy (nats)", yscale="log")
     accuracy_axes.set(title="Accuracy", ylabel="accuracy (%)", yscale="log")
     accuracy_axes.invert_yaxis()
+    rate_axes.set(title="Learning rate", ylabel="Adam's learning rate")
     for axes in (loss_axes, accuracy_axes):
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+    for axes in figure.axes:
         axes.axvline(kept, color="gray", linestyle=":", label=f"kept: epoch {kept}")
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-        axes.yaxis.set_minor_locator(NullLocator())
         axes.grid(alpha=0.3)
         axes.legend()
     loss_axes.yaxis.set_major_formatter("{x:g}")
