@@ -298,8 +298,13 @@ class EpochMetrics(NamedTuple):
         return ", ".join([*parts, f"Test Acc: {self.test_accuracy:.2f}%"])
 
 
+def labelled(params: HyperParameters, line: str) -> str:
+    """Nobody shall take a result on synthetic digits for one on MNIST."""
+    return f"synthetic digits: {line}" if params.synthetic else line
+
+
 def say(params: HyperParameters, line: str) -> None:
-    print(f"synthetic digits: {line}" if params.synthetic else line, flush=True)
+    print(labelled(params, line), flush=True)
 
 
 def pick_device(params: HyperParameters) -> torch.device:
@@ -409,7 +414,7 @@ def train_epoch(
     batches = torch.randperm(len(images)).to(images.device).split(params.batch_size)
     # No bar in a log file; but one in a notebook, whose standard error is no terminal either.
     watched = sys.stderr.isatty() or "ipykernel" in sys.modules
-    with tqdm(batches, title, disable=not watched) as bar:
+    with tqdm(batches, labelled(params, title), disable=not watched) as bar:
         for step, batch in enumerate(bar, start=1):
             warped = normalize(augment(images[batch], params))
             with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):

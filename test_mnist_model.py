@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -809,7 +810,10 @@ def test_what_is_no_digit_is_named(
 
 
 def test_predict_classifies_the_good_files_and_names_the_others(
-    some_digits: tuple[Tensor, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    some_digits: tuple[Tensor, Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from PIL import Image
 
@@ -832,9 +836,11 @@ def test_predict_classifies_the_good_files_and_names_the_others(
         for line, path in zip(errors.splitlines(), paths[1:-1], strict=True)
     ] == [True] * 4
 
-    assert mnist_cnn.main([*arguments, "--json", paths[0]]) == 0
+    with open(paths[0], "rb") as file:
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=file))
+        assert mnist_cnn.main([*arguments, "--json", "-"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert (result["file"], result["digit"]) == (paths[0], labels[0])
+    assert (result["file"], result["digit"]) == ("-", labels[0])
     assert sum(result["probabilities"]) == pytest.approx(1)
 
 
