@@ -4,6 +4,8 @@ python benchmark.py seeds --n 10                   accuracy over ten seeds: mean
 python benchmark.py seeds --n 5 --num-epochs 10    with other hyperparameters than the defaults
 python benchmark.py seeds --loop straightforward   of the loop that most MNIST scripts have
 python benchmark.py speed                          seconds, images a second and megabytes of both
+python benchmark.py scaling                        images a second of several processes
+python benchmark.py torture                        runs that are killed, files that are damaged
 """
 
 import argparse
@@ -13,6 +15,7 @@ import hashlib
 import io
 import json
 import multiprocessing
+import random
 import signal
 import statistics
 import subprocess
@@ -26,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -194,7 +198,8 @@ def module_loop(params: HyperParameters) -> Callable[[], object]:
     images, labels = (tensor.to(device) for tensor in timed_images(params))
     model = mnist_cnn.new_model(params, device)
     optimizer, schedule = mnist_cnn.new_optimizer(model, params, num_steps=1_000_000)
-    return lambda: mnist_cnn.train_epoch(model, optimizer, schedule, (images, labels), params, "")
+    learner = mnist_cnn.parallel(model)
+    return lambda: mnist_cnn.train_epoch(learner, optimizer, schedule, (images, labels), params, "")
 
 
 def straightforward_loop(params: HyperParameters) -> Callable[[], object]:
@@ -284,9 +289,139 @@ def speed(params: HyperParameters) -> None:
     print(f"import mnist_cnn: {ours:.2f} s, {imported:,.0f} MB; import torch: {theirs:.2f} s")
 
 
+# ---- Scaling ------------------------------------------------------------------------------------
+
+
+def meet(rank: int, count: int, meeting: Path) -> None:
+    torch.set_num_threads(1)
+    if count > 1:
+        url = f"file://{meeting}"
+        dist.init_process_group("gloo", init_method=url, rank=rank, world_size=count)
+
+
+def scaling(params: HyperParameters) -> None:
+    """Print images a second of one process, of two and so on, at several batch sizes."""
+    params = replace(params, device="cpu")
+    context = multiprocessing.get_context("spawn")
+    for count in range(1, torch.get_num_threads() + 1):
+        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+            workers = [stack.enter_context(ProcessPoolExecutor(1, context)) for _ in range(count)]
+            for rank, worker in enumerate(workers):
+                worker.submit(meet, rank, count, Path(folder, "meeting"))
+            for batch_size in (64, 256, 1_024, 4_096):
+                run = replace(params, batch_size=batch_size)
+                rates = []
+                for _ in range(ROUNDS + 1):
+                    timed = [worker.submit(time_loop, module_loop, run) for worker in workers]
+                    rates.append(min(rate.result() for rate in timed))
+                print(
+                    f"{count} processes of one thread, batch size {batch_size}: "
+                    f"{statistics.median(rates[1:]):,.0f} images/s",
+                    flush=True,
+                )
+
+
+# ---- Torture ------------------------------------------------------------------------------------
+
+KILLS = 100
+DAMAGED_FILES = 10_000
+
+
+def train_on_few(path: Path, resume: bool) -> None:
+    """A run of ten short epochs: a second or two in which to be killed."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (640, 1, 28, 28), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(10, (640,), generator=generator)
+    mnist_cnn.load_splits = lambda *_: [(images, labels)] * 3
+    torch.set_num_threads(1)
+    with contextlib.redirect_stdout(io.StringIO()):
+        mnist_cnn.train_model(HyperParameters(num_epochs=10, device="cpu"), path, resume)
+
+
+def kill_runs(folder: Path) -> None:
+    """SIGKILL runs at random moments, resume them, and compare with a run left in peace."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mnist_cnn"])  # each run starts at once
+
+    def finishes(path: Path, resume: bool, seconds: float | None) -> bool:
+        run = context.Process(target=train_on_few, args=(path, resume))
+        run.start()
+        run.join(seconds)
+        run.kill()
+        run.join()
+        if run.exitcode not in (0, -signal.SIGKILL):
+            raise RuntimeError(f"a run with resume={resume} failed: its error is above")
+        return run.exitcode == 0
+
+    finishes(folder / "whole.pth", False, None)
+    expected = torch.load(folder / "whole.pth")
+    start = time.perf_counter()
+    finishes(folder / "whole.pth", False, None)
+    duration = time.perf_counter() - start
+
+    path, run_path = folder / "killed.pth", folder / "killed.pth.resume"
+    kills = finished = 0
+    while kills < KILLS or run_path.exists():
+        seconds = random.uniform(0, duration) if kills < KILLS else None
+        if finishes(path, run_path.exists(), seconds):
+            finished += 1
+        else:
+            kills += 1
+        if run_path.exists():
+            mnist_cnn.load(run_path)
+        if path.exists():  # only a run that came to its end makes it
+            weights = torch.load(path)
+            if not all(torch.equal(weights[name], tensor) for name, tensor in expected.items()):
+                raise RuntimeError("a run that was killed and resumed ended with other weights")
+            path.unlink()
+    print(
+        f"{kills} runs killed: no file damaged; {finished} resumed to their end, "
+        "to the same weights as without a kill"
+    )
+
+
+def damaged(content: bytes) -> bytes:
+    """Cut off, or a part of it removed, or a few bytes replaced or inserted."""
+    start, end = sorted(random.choices(range(len(content)), k=2))
+    noise = random.randbytes(random.randint(1, 8))
+    return random.choice(
+        [
+            content[:start],
+            content[:start] + content[end + 1 :],
+            content[:start] + noise + content[start + len(noise) :],
+            content[:start] + noise + content[start:],
+        ]
+    )
+
+
+def damage_files(folder: Path) -> None:
+    """Load damaged checkpoints: another error than ValueError ends this with a traceback."""
+    whole = Path(mnist_cnn.__file__).with_name("best_mnist_model.pth")
+    expected = torch.load(whole)
+    path = folder / "damaged.pth"
+    outcomes = {"refused": 0, "loaded with the right weights": 0, "loaded with wrong weights": 0}
+    for _ in range(DAMAGED_FILES):
+        path.write_bytes(damaged(whole.read_bytes()))
+        try:
+            weights = mnist_cnn.load_checkpoint(path, HyperParameters(device="cpu")).state_dict()
+        except ValueError:
+            outcomes["refused"] += 1
+            continue
+        right = all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+        outcomes[f"loaded with {'the right' if right else 'wrong'} weights"] += 1
+    counts = ", ".join(f"{count:,} {outcome}" for outcome, count in outcomes.items())
+    print(f"{DAMAGED_FILES:,} damaged files: {counts}")
+
+
+def torture() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        kill_runs(Path(folder))
+        damage_files(Path(folder))
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(usage="benchmark.py {seeds,speed} [options]")
-    parser.add_argument("measurement", choices=["seeds", "speed"])
+    parser = argparse.ArgumentParser(usage="benchmark.py {seeds,speed,scaling,torture} [options]")
+    parser.add_argument("measurement", choices=["seeds", "speed", "scaling", "torture"])
     parser.add_argument("--n", type=int, default=10, help="number of seeds (default: %(default)s)")
     parser.add_argument(
         "--loop",
@@ -308,8 +443,12 @@ def main() -> int:
         params = HyperParameters(**arguments)
         if measurement == "seeds":
             seeds(params, n, results_file, loop)
-        else:
+        elif measurement == "speed":
             speed(params)
+        elif measurement == "scaling":
+            scaling(params)
+        else:
+            torture()
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

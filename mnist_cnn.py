@@ -8,6 +8,7 @@ Usage:
     python mnist_cnn.py --num-epochs 5     every field of HyperParameters is a flag: see --help
     python mnist_cnn.py --synthetic        try it without MNIST, on digits drawn in fonts
     python mnist_cnn.py --resume           carry on after Ctrl-C, a crash or a power failure
+    torchrun --nproc-per-node=2 mnist_cnn.py    train with two processes, or on two GPUs
     python mnist_cnn.py evaluate           test accuracy of best_mnist_model.pth, by digit
     python mnist_cnn.py predict photo.jpg  which digit is on a picture of your own
     pytest test_mnist_model.py -v          check the module and the shipped checkpoint
@@ -30,8 +31,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam
 from torch.optim.lr_scheduler import OneCycleLR
 from tqdm.auto import tqdm
@@ -304,23 +307,29 @@ def labelled(params: HyperParameters, line: str) -> str:
 
 
 def say(params: HyperParameters, line: str) -> None:
-    print(labelled(params, line), flush=True)
+    if process_rank() == 0:
+        print(labelled(params, line), flush=True)
 
 
 def pick_device(params: HyperParameters) -> torch.device:
     """The device that is asked for; with "auto" the accelerator of this machine, if it has one.
 
+    Under torchrun, the accelerator whose number is that of the process on its machine.
+
     Raises:
         ValueError: there is no such device here.
     """
-    if params.device == "auto":
-        there = torch.accelerator.is_available()
-        return (there and torch.accelerator.current_accelerator()) or torch.device("cpu")
+    name = params.device
+    if name == "auto":
+        there = torch.accelerator.is_available() and torch.accelerator.current_accelerator()
+        name = there.type if there else "cpu"
+    if ":" not in name and name != "cpu" and "LOCAL_RANK" in os.environ:
+        name += f":{os.environ['LOCAL_RANK']}"
     try:
-        return torch.empty(0, device=params.device).device
+        return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # the latter from builds without CUDA
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device {params.device!r} is not there: {reason}") from error
+        raise ValueError(f"device {name!r} is not there: {reason}") from error
 
 
 def uses_bfloat16(params: HyperParameters, device: torch.device) -> bool:
@@ -339,9 +348,41 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
+def join_processes(params: HyperParameters) -> None:
+    """Under torchrun, train together with the processes that it has started."""
+    device = pick_device(params)
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device.index)
+    dist.init_process_group()  # gloo between CPUs, NCCL between GPUs
+    if os.environ["LOCAL_RANK"] == "0":
+        load_images(params, train=True)  # one on each machine downloads, the others wait
+    dist.barrier()
+
+
+def process_rank() -> int:
+    """The number of this process among those that train together; 0 is the one that speaks."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def process_count() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum over the processes that train together."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
 def new_model(params: HyperParameters, device: torch.device) -> TinyCNN:
     # The memory layout that convolutions are fastest in; the weights are the same.
     return TinyCNN(params.dropout_rate).to(device).to(memory_format=torch.channels_last)
+
+
+def parallel(model: nn.Module) -> nn.Module:
+    """The model, whose gradients become the mean over the processes that train together."""
+    return DistributedDataParallel(model) if dist.is_initialized() else model
 
 
 def new_optimizer(
@@ -387,6 +428,18 @@ def evaluate_model(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[fl
     return F.cross_entropy(logits, labels).item(), accuracy
 
 
+def evaluate_together(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float]:
+    """evaluate_model, of which each process does its share."""
+    rank, count = process_rank(), process_count()
+    share = slice(rank, None, count)
+    metrics = evaluate_model(model, images[share], labels[share])
+    if count == 1:
+        return metrics
+    weighted = torch.tensor(metrics, dtype=torch.float64, device=images.device) * len(labels[share])
+    loss, accuracy = (total(weighted) / len(images)).tolist()
+    return loss, accuracy
+
+
 def anneal_dropout(model: nn.Module, params: HyperParameters, epoch: int) -> None:
     """Lower the dropout rate by equal steps, to 0 in the last epoch (Rennie et al., 2014).
 
@@ -406,31 +459,37 @@ def train_epoch(
     title: str,
 ) -> tuple[float, float]:
     """One pass over the training set, under a progress bar; returns its loss and accuracy."""
+    rank, count = process_rank(), process_count()
     images, labels = training_set
     bfloat16 = uses_bfloat16(params, images.device)
     keep_freed_memory()
     model.train()
     loss_sum = correct = torch.zeros((), device=images.device)
     batches = torch.randperm(len(images)).to(images.device).split(params.batch_size)
+    if rank > 0:  # the shuffle is everybody's, the warp and the dropout are each process's own
+        torch.manual_seed(torch.initial_seed() + rank * 2**40)
     # No bar in a log file; but one in a notebook, whose standard error is no terminal either.
-    watched = sys.stderr.isatty() or "ipykernel" in sys.modules
+    watched = rank == 0 and (sys.stderr.isatty() or "ipykernel" in sys.modules)
     with tqdm(batches, labelled(params, title), disable=not watched) as bar:
         for step, batch in enumerate(bar, start=1):
-            warped = normalize(augment(images[batch], params))
+            share = batch.tensor_split(count)[rank]
+            warped = normalize(augment(images[share], params))
             with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
                 logits = model(warped)
-                loss = F.cross_entropy(logits, labels[batch])
+                loss = F.cross_entropy(logits, labels[share])
             optimizer.zero_grad()
-            loss.backward()
+            # The processes' gradients are averaged: the whole batch's, if shares weigh by size.
+            (loss * (len(share) * count / len(batch))).backward()
             optimizer.step()
             schedule.step()
 
-            loss_sum = loss_sum + loss.detach() * len(batch)
-            correct = correct + (logits.argmax(1) == labels[batch]).sum()
+            loss_sum = loss_sum + loss.detach() * len(share)
+            correct = correct + (logits.argmax(1) == labels[share]).sum()
             # Reading a number makes a GPU finish all that it was given: not at every step.
             if step % 50 == 0 or step == len(batches):
                 seen = min(step * params.batch_size, len(images))
-                mean_loss, accuracy = loss_sum.item() / seen, 100 * correct.item() / seen
+                sums = total(torch.stack([loss_sum, correct])).tolist()
+                mean_loss, accuracy = sums[0] / seen, 100 * sums[1] / seen
                 weights_are_finite = all(weight.isfinite().all() for weight in model.parameters())
                 if not (math.isfinite(mean_loss) and weights_are_finite):
                     raise FloatingPointError(
@@ -472,8 +531,16 @@ def train_model(
     device = pick_device(params)
     torch.backends.cudnn.deterministic = True  # of a GPU's convolutions
     training_set, validation_set, test_set = load_splits(params, device)
+    rank, count = process_rank(), process_count()
+    num_images = len(training_set[0])
+    if params.batch_size % count > 0 or 0 < num_images % params.batch_size < count:
+        raise ValueError(
+            f"{count} processes cannot share batches of {params.batch_size} of {num_images} images"
+        )
     precision = "bfloat16" if uses_bfloat16(params, device) else "float32"
-    say(params, f"Training on {device} in {precision}, {torch.get_num_threads()} threads")
+    together = f" in each of {count} processes" if count > 1 else ""
+    threads = f"{torch.get_num_threads()} threads{together}"
+    say(params, f"Training on {device} in {precision}, {threads}")
 
     torch.manual_seed(1000 * params.random_seed)
     model = new_model(params, device)
@@ -490,15 +557,19 @@ def train_model(
     elif run_path.exists():
         say(params, f"{run_path} holds an interrupted run: it will be replaced after one epoch")
 
+    learner = parallel(model)
     try:
         for epoch in range(len(history) + 1, params.num_epochs + 1):
             # All of an epoch's randomness comes from here: a resumed run needs no other state.
             torch.manual_seed(1000 * params.random_seed + epoch)
             anneal_dropout(model, params, epoch)
             title = f"Epoch {epoch}/{params.num_epochs}"
-            train_metrics = train_epoch(model, optimizer, schedule, training_set, params, title)
-            validation_metrics = evaluate_model(model, *validation_set)
-            _, test_accuracy = evaluate_model(model, *test_set)
+            train_metrics = train_epoch(learner, optimizer, schedule, training_set, params, title)
+            if count > 1:
+                for statistics in model.buffers():  # of the first process's shares
+                    dist.broadcast(statistics, 0)
+            validation_metrics = evaluate_together(model, *validation_set)
+            _, test_accuracy = evaluate_together(model, *test_set)
             last = (test_accuracy, float(schedule.get_last_lr()[0]))
             metrics = EpochMetrics(epoch, *train_metrics, *validation_metrics, *last)
             if kept_epoch([*history, metrics]) is metrics:
@@ -507,10 +578,12 @@ def train_model(
             say(params, f"{title} - {metrics}")
             state = {name: part.state_dict() for name, part in parts.items()}
             state |= {"history": list(map(tuple, history)), "best": best}
-            save(state | {"run": identity(params)}, run_path)
+            if rank == 0:
+                save(state | {"run": identity(params)}, run_path)
     except (KeyboardInterrupt, FloatingPointError):
         if history:
-            save(best, path)
+            if rank == 0:
+                save(best, path)
             say(
                 params,
                 f"Stopped after epoch {len(history)}. {path} has the best so far, epoch "
@@ -519,8 +592,9 @@ def train_model(
         else:
             say(params, "Stopped within the first epoch: there is nothing to keep")
         raise
-    save(best, path)
-    run_path.unlink(missing_ok=True)
+    if rank == 0:
+        save(best, path)
+        run_path.unlink(missing_ok=True)
 
     kept = kept_epoch(history)
     if params.validation_size > 0:
@@ -529,7 +603,8 @@ def train_model(
     else:
         reason = "the last: no validation images to choose by"
         say(params, f"Loaded model from epoch {kept.epoch}, {reason}")
-    return load_checkpoint(path, params), history
+    model.load_state_dict(best)
+    return model.eval(), history
 
 
 # ---- Checkpoints --------------------------------------------------------------------------------
@@ -1013,8 +1088,16 @@ def train_command(argv: list[str]) -> None:
     params = HyperParameters(**arguments)
     if params.synthetic and checkpoint == CHECKPOINT:
         checkpoint = Path("synthetic_model.pth")
-    summary(TinyCNN(params.dropout_rate), (1, 28, 28), device="cpu")
+    if dist.is_torchelastic_launched():
+        join_processes(params)
+    if process_rank() == 0:
+        summary(TinyCNN(params.dropout_rate), (1, 28, 28), device="cpu")
     model, history = train_model(params, checkpoint, resume)
+    rank = process_rank()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if rank > 0:
+        return
     plot_history(history).savefig(checkpoint.with_name(f"{checkpoint.stem}_curves.png"))
     save_mistakes(model, checkpoint, params)
     say(params, "Evaluating saved best model:")

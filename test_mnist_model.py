@@ -5,6 +5,7 @@ Tests that need MNIST are skipped where it cannot be had; in CI they fail instea
 
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -21,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -679,6 +681,116 @@ def test_a_signal_stops_the_run_and_keeps_what_it_has(
     else:
         assert output == "Stopped within the first epoch: there is nothing to keep\n"
         assert list(tmp_path.iterdir()) == []
+
+
+# ---- Several processes --------------------------------------------------------------------------
+
+
+def save_gradients(rank: int, count: int, folder: Path) -> None:
+    """Of one step on 61 images, without what processes do apart: warp, dropout, BatchNorm."""
+    if count > 1:
+        meeting = f"file://{folder}/meeting"
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=count)
+    torch.set_num_threads(1)
+    params = HyperParameters(
+        batch_size=61,
+        max_rotation=0.0,
+        max_shift=0.0,
+        max_scaling=0.0,
+        device="cpu",
+        precision="float32",
+    )
+    torch.manual_seed(0)
+    model = TinyCNN(dropout_rate=0.0)
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.eval().train = lambda _: None  # stays so
+    training_set = torch.randint(256, (61, 1, 28, 28)).byte(), torch.randint(10, (61,))
+    optimizer, schedule = mnist_cnn.new_optimizer(model, params, 10)
+    learner = mnist_cnn.parallel(model)
+    loss, accuracy = mnist_cnn.train_epoch(learner, optimizer, schedule, training_set, params, "")
+    results = {name: weight.grad for name, weight in model.named_parameters()}
+    results |= {"loss": torch.tensor(loss), "accuracy": torch.tensor(accuracy)}
+    if rank == 0:
+        torch.save(results, folder / f"of_{count}.pt")
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_the_gradient_of_several_processes_is_that_of_one(count: int, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mnist_cnn"])
+    processes = [
+        context.Process(target=save_gradients, args=(rank, size, tmp_path))
+        for size in (1, count)
+        for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    one, several = (torch.load(tmp_path / f"of_{size}.pt") for size in (1, count))
+    torch.testing.assert_close(several, one, rtol=1e-4, atol=1e-6)
+
+
+def test_batches_that_processes_cannot_share_are_an_error(
+    small_mnist: HyperParameters, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for count, batch_size in ((4, 62), (3, 9)):  # the latter leaves a last batch of one image
+        monkeypatch.setattr(mnist_cnn, "process_count", lambda count=count: count)
+        complaint = f"{count} processes cannot share batches of {batch_size} of 1000 images"
+        with pytest.raises(ValueError, match=complaint):
+            mnist_cnn.train_model(replace(small_mnist, batch_size=batch_size), tmp_path / "m.pth")
+
+
+SMALL_SCRIPT = """
+import os, sys
+sys.path.insert(0, {folder!r})
+import mnist_cnn
+
+print("process", os.getpid(), flush=True)
+load_mnist = mnist_cnn.load_mnist
+mnist_cnn.load_mnist = lambda *arguments: [part[:2_000] for part in load_mnist(*arguments)]
+sys.exit(mnist_cnn.main(["--data-dir", {data_dir!r}, "--validation-size", "500", *sys.argv[1:]]))
+"""
+
+
+def test_torchrun_ends_with_a_killed_process_and_one_process_carries_on(
+    params: HyperParameters, tmp_path: Path
+) -> None:
+    script = tmp_path / "small.py"
+    data_dir = str(Path(params.data_dir).resolve())
+    script.write_text(SMALL_SCRIPT.format(folder=str(MODULE.parent), data_dir=data_dir))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+    flags = ["--num-epochs", "4"]
+    run = subprocess.Popen(
+        [*torchrun, script, *flags],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    output = ""
+    while "Epoch 2/4" not in output:
+        output += run.stdout.readline()
+        assert run.poll() is None, output
+    assert output.count("Epoch 1/4") == output.count("in each of 2 processes") == 1
+    processes = [int(number) for number in re.findall(r"^process (\d+)$", output, re.MULTILINE)]
+    assert len(processes) == 2
+    os.kill(processes[1], signal.SIGKILL)
+    run.communicate(timeout=60)
+    assert run.returncode != 0
+    for process in processes:
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)
+
+    resumed = subprocess.run(
+        [sys.executable, script, *flags, "--resume"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert re.search(r"^Carrying on after epoch [123]$", resumed.stdout, re.MULTILINE)
+    mnist_cnn.load_checkpoint(tmp_path / "best_mnist_model.pth", params)
 
 
 # ---- Digits from anywhere -----------------------------------------------------------------------
