@@ -1168,7 +1168,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def stop_on_signal(number: int, _: object) -> None:
-    signal.signal(number, signal.SIG_DFL)  # a second one stops at once
+    # A second one stops at once; but torchrun passes on what the terminal has sent already.
+    again = signal.SIG_IGN if dist.is_torchelastic_launched() else signal.SIG_DFL
+    signal.signal(number, again)
     raise KeyboardInterrupt(number)
 
 
