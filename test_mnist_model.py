@@ -1075,6 +1075,44 @@ def test_the_readme_has_every_field_with_its_default() -> None:
         assert value == default or float(value) == default
 
 
+def test_the_readme_snippets_and_commands_work(
+    small_mnist: HyperParameters,
+    some_digits: tuple[Tensor, Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In the order of the README, on few images. What trains for long is left to .ci/run."""
+    from PIL import Image
+
+    monkeypatch.setattr(
+        mnist_cnn, "HyperParameters", lambda **fields: replace(small_mnist, **fields)
+    )
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(CHECKPOINT, tmp_path)
+    images, labels = some_digits
+    for image, name in zip(images, ("seven.jpg", "scan.png"), strict=False):
+        Image.fromarray((255 * scan(image)[0]).byte().numpy()).save(name)
+
+    readme = MODULE.with_name("README.md").read_text()
+    variables: dict[str, Any] = {}
+    for snippet in re.findall(r"```python\n(.*?)```", readme, re.DOTALL):
+        exec(snippet, variables)
+    assert variables["accuracy"] > 99
+    assert [metrics.epoch for metrics in variables["history"]] == [1, 2, 3, 4, 5]
+    assert torch.equal(variables["digits"], labels[:2])
+
+    capsys.readouterr()
+    commands = set(re.findall(r"\bmnist_cnn\.py (\w.*?)[`\n]", readme))
+    assert {command.split()[0] for command in commands} == {"evaluate", "predict"}
+    for command in commands:
+        monkeypatch.setattr(sys, "argv", ["mnist_cnn.py", *command.split()])
+        assert mnist_cnn.main() == 0
+    output = capsys.readouterr().out
+    assert re.search(r"^seven\.jpg: 7 .*\nscan\.png: 2 ", output, re.MULTILINE)
+    assert re.search(r"^Current test accuracy: (99|100)\.", output, re.MULTILINE)
+
+
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
