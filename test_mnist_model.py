@@ -491,6 +491,8 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     path = tmp_path / "bad.pth"
     whole = CHECKPOINT.read_bytes()
     contents = [whole[:size] for size in [*range(0, len(whole), 997), len(whole) - 1]]
+    weights = whole.index(torch.load(CHECKPOINT)["fc.1.weight"].numpy().tobytes())
+    contents.append(whole[:weights] + bytes([whole[weights] ^ 1]) + whole[weights + 1 :])
     contents += [b"not a checkpoint", b"\x80\x02N.", random.Random(0).randbytes(9_000)]
     for content in contents:
         path.write_bytes(content)
