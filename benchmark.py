@@ -340,6 +340,10 @@ def train_on_few(path: Path, resume: bool) -> None:
         mnist_cnn.train_model(HyperParameters(num_epochs=10, device="cpu"), path, resume)
 
 
+def same(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+
+
 def kill_runs(folder: Path) -> None:
     """SIGKILL runs at random moments, resume them, and compare with a run left in peace."""
     context = multiprocessing.get_context("forkserver")
@@ -372,8 +376,7 @@ def kill_runs(folder: Path) -> None:
         if run_path.exists():
             mnist_cnn.load(run_path)
         if path.exists():  # only a run that came to its end makes it
-            weights = torch.load(path)
-            if not all(torch.equal(weights[name], tensor) for name, tensor in expected.items()):
+            if not same(torch.load(path), expected):
                 raise RuntimeError("a run that was killed and resumed ended with other weights")
             path.unlink()
     print(
@@ -399,17 +402,17 @@ def damaged(content: bytes) -> bytes:
 def damage_files(folder: Path) -> None:
     """Load damaged checkpoints: each is refused, or has all the right weights."""
     whole = Path(mnist_cnn.__file__).with_name("best_mnist_model.pth")
-    expected = torch.load(whole)
+    content, expected = whole.read_bytes(), torch.load(whole)
     path = folder / "damaged.pth"
     refused = 0
     for _ in range(DAMAGED_FILES):
-        path.write_bytes(damaged(whole.read_bytes()))
+        path.write_bytes(damaged(content))
         try:
             weights = mnist_cnn.load_checkpoint(path, HyperParameters(device="cpu")).state_dict()
         except ValueError:
             refused += 1
             continue
-        if not all(torch.equal(weights[name], tensor) for name, tensor in expected.items()):
+        if not same(weights, expected):
             raise RuntimeError("a damaged file was loaded with wrong weights")
     print(
         f"{refused:,} of {DAMAGED_FILES:,} damaged files refused; the damage to the others spared "

@@ -333,8 +333,8 @@ def copy_of_mnist(data_dir: str, folder: Path) -> Path:
     return raw
 
 
-def altered(content: bytes) -> bytes:
-    return content[:5_000] + bytes([content[5_000] ^ 1]) + content[5_001:]
+def altered(content: bytes, position: int = 5_000) -> bytes:
+    return content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :]
 
 
 def swapped(_: bytes) -> bytes:
@@ -492,8 +492,12 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     whole = CHECKPOINT.read_bytes()
     contents = [whole[:size] for size in [*range(0, len(whole), 997), len(whole) - 1]]
     weights = whole.index(torch.load(CHECKPOINT)["fc.1.weight"].numpy().tobytes())
-    contents.append(whole[:weights] + bytes([whole[weights] ^ 1]) + whole[weights + 1 :])
-    contents += [b"not a checkpoint", b"\x80\x02N.", random.Random(0).randbytes(9_000)]
+    contents += [
+        altered(whole, weights),
+        b"not a checkpoint",
+        b"\x80\x02N.",
+        random.Random(0).randbytes(9_000),
+    ]
     for content in contents:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=f"^{path} (is not a file|holds a NoneType)"):
@@ -828,6 +832,11 @@ def scan(image: Tensor) -> Tensor:
     return enlarged(image, 7, [3, 90, 40, 11])
 
 
+def scanned(image: Tensor) -> Any:
+    """As PIL takes it: (H, W) uint8."""
+    return (255 * scan(image)[0]).byte().numpy()
+
+
 def photo(image: Tensor) -> Tensor:
     """Light from one side, noise, and a coloured pen."""
     picture = enlarged(image, 5, [80, 20, 9, 60]).clamp(min=0.4)
@@ -871,7 +880,7 @@ def test_every_kind_of_picture_gives_the_same(
     from PIL import ExifTags, Image
 
     (image, *_), labels = some_digits
-    grey = (255 * scan(image)[0]).byte().numpy()
+    grey = scanned(image)
     transparent = np.zeros((*grey.shape, 4), dtype=np.uint8)
     transparent[..., 3] = 255 - grey  # black ink, no paper
     Image.fromarray(grey).save(tmp_path / "grey.png")
@@ -933,8 +942,7 @@ def test_predict_classifies_the_good_files_and_names_the_others(
 
     images, labels = some_digits
     for number in (0, 1):
-        picture = (255 * scan(images[number])[0]).byte().numpy()
-        Image.fromarray(picture).save(tmp_path / f"{number}.png")
+        Image.fromarray(scanned(images[number])).save(tmp_path / f"{number}.png")
     (tmp_path / "text.png").write_text("not a picture")
     Image.new("1", (8_000, 7_000)).save(tmp_path / "huge.png")
     names = ["0.png", "text.png", "missing.png", "huge.png", ".", "1.png"]
@@ -1094,7 +1102,7 @@ def test_the_readme_snippets_and_commands_work(
     shutil.copy(CHECKPOINT, tmp_path)
     images, labels = some_digits
     for image, name in zip(images, ("seven.jpg", "scan.png"), strict=False):
-        Image.fromarray((255 * scan(image)[0]).byte().numpy()).save(name)
+        Image.fromarray(scanned(image)).save(name)
 
     readme = MODULE.with_name("README.md").read_text()
     variables: dict[str, Any] = {}
@@ -1105,7 +1113,7 @@ def test_the_readme_snippets_and_commands_work(
     assert torch.equal(variables["digits"], labels[:2])
 
     capsys.readouterr()
-    commands = set(re.findall(r"\bmnist_cnn\.py (\w.*?)[`\n]", readme))
+    commands = dict.fromkeys(re.findall(r"\bmnist_cnn\.py (\w.*?)[`\n]", readme))
     assert {command.split()[0] for command in commands} == {"evaluate", "predict"}
     for command in commands:
         monkeypatch.setattr(sys, "argv", ["mnist_cnn.py", *command.split()])
@@ -1139,8 +1147,10 @@ def test_a_wrong_flag_is_explained_without_a_traceback(
         status = mnist_cnn.main(flags.split())
     except SystemExit as stop:  # of argparse
         status = stop.code
+    errors = capsys.readouterr().err
     assert status == 2
-    assert complaint in capsys.readouterr().err.splitlines()[-1]
+    assert complaint in errors.splitlines()[-1]
+    assert "Traceback" not in errors
     assert list(tmp_path.iterdir()) == []
 
 
