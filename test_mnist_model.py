@@ -1154,6 +1154,12 @@ def test_a_wrong_flag_is_explained_without_a_traceback(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_error_is_one_line_and_exit_status_2(tmp_path: Path) -> None:
+    run = run_script("--resume", cwd=tmp_path)
+    assert run.returncode == 2
+    assert re.fullmatch(r"error: nothing to resume: there is no \S+\.pth\.resume\n", run.stderr)
+
+
 def test_import_does_nothing(tmp_path: Path) -> None:
     code = (
         "import sys, mnist_cnn\n"
