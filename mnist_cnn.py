@@ -440,7 +440,7 @@ def evaluate_together(model: nn.Module, images: Tensor, labels: Tensor) -> tuple
     if count == 1:
         return metrics
     weighted = torch.tensor(metrics, dtype=torch.float64, device=images.device) * len(labels[share])
-    loss, accuracy = (total(weighted) / len(images)).tolist()
+    loss, accuracy = (total(weighted.nan_to_num()) / len(images)).tolist()
     return loss, accuracy
 
 
