@@ -3,7 +3,6 @@
 Tests that need MNIST are skipped where it cannot be had; in CI they fail instead.
 """
 
-import json
 import math
 import multiprocessing
 import os
@@ -17,7 +16,6 @@ import time
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -47,25 +45,27 @@ WEIGHTS = {
 BATCH_NORMS = {"conv2.1": 12, "conv2.4": 16, "conv3.1": 20, "conv3.5": 16, "conv4.1": 16}
 
 
-@pytest.fixture(scope="session")
-def params() -> HyperParameters:
+def mnist() -> HyperParameters:
     """The defaults, where MNIST is there or can be downloaded."""
     params = HyperParameters()
     try:
-        mnist_cnn.load_mnist(params.data_dir, train=True)
+        mnist_cnn.load_images(params, train=True)
     except FileNotFoundError as error:
         (pytest.fail if "CI" in os.environ else pytest.skip)(str(error))
     return params
 
 
+params = pytest.fixture(mnist, scope="session", name="params")
+
+
 @pytest.fixture
 def small_mnist(params: HyperParameters, monkeypatch: pytest.MonkeyPatch) -> HyperParameters:
     """One epoch on 1,000 training images, with 1,000 more for validation and 500 for the test."""
-    sets = {train: mnist_cnn.load_mnist(params.data_dir, train) for train in (True, False)}
+    sets = {train: mnist_cnn.load_images(params, train) for train in (True, False)}
     sizes = {True: 2_000, False: 500}
     monkeypatch.setattr(
         mnist_cnn,
-        "load_mnist",
+        "load_images",
         lambda _, train: tuple(tensor[: sizes[train]] for tensor in sets[train]),
     )
     return replace(params, num_epochs=1, validation_size=1_000)
@@ -221,8 +221,8 @@ def test_shipped_checkpoint_is_a_small_plain_state_dict() -> None:
 def test_defaults_are_those_of_the_reference() -> None:
     params = HyperParameters()
     assert params.num_epochs <= 20
-    reference = (20, 64, 0.0009, 0.25, 42, "Adam", "cross_entropy")
-    assert tuple(getattr(params, f.name) for f in fields(params))[:7] == reference
+    reference = (20, 64, 0.0009, 0.25, 42)
+    assert tuple(getattr(params, f.name) for f in fields(params))[:5] == reference
 
 
 @pytest.mark.parametrize(
@@ -241,8 +241,7 @@ def test_defaults_are_those_of_the_reference() -> None:
         ("dropout_rate", 1.0),
         ("random_seed", -1),
         ("random_seed", 2**32),
-        ("optimizer", "SGD"),
-        ("loss", "mse"),
+        ("precision", "float16"),
         ("peak_factor", 0.5),
         ("max_rotation", 181.0),
         ("max_shift", -1.0),
@@ -252,7 +251,7 @@ def test_defaults_are_those_of_the_reference() -> None:
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_allowed(name: str, value: object) -> None:
-    with pytest.raises(ValueError, match=rf"^{name} is {re.escape(repr(value))}; allowed is \w+ "):
+    with pytest.raises(ValueError, match=rf"^{name} is {re.escape(repr(value))}; it must be "):
         HyperParameters(**{name: value})
 
 
@@ -260,7 +259,7 @@ def test_a_wrong_value_is_named_with_what_is_allowed(name: str, value: object) -
 
 
 def test_normalized_training_images_have_mean_0_and_sd_1(params: HyperParameters) -> None:
-    images, labels = mnist_cnn.load_mnist(params.data_dir, train=True)
+    images, labels = mnist_cnn.load_images(params, train=True)
     assert (images.shape, images.dtype) == ((60_000, 1, 28, 28), torch.uint8)
     # The class sizes that MNIST is known to have.
     sizes = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
@@ -278,7 +277,7 @@ def test_validation_split_is_apart_from_training_and_from_the_seed(params: Hyper
     assert torch.equal(labels, other_labels)
     # Together the two are MNIST: every image once.
     both = sorted(image.numpy().tobytes() for image in torch.cat([images, held_out]))
-    mnist = mnist_cnn.load_mnist(params.data_dir, train=True)[0]
+    mnist = mnist_cnn.load_images(params, train=True)[0]
     assert both == sorted(image.numpy().tobytes() for image in mnist)
 
 
@@ -348,10 +347,10 @@ def test_damaged_data_is_named_with_the_remedy(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     images = copy_of_mnist(params.data_dir, tmp_path) / "t10k-images-idx3-ubyte"
-    mnist_cnn.load_mnist(str(tmp_path), train=False)
+    mnist_cnn.load_images(HyperParameters(data_dir=tmp_path), train=False)
     images.write_bytes(damage(images.read_bytes()))
     with pytest.raises(ValueError, match=f"{images} is damaged .*: delete it"):
-        mnist_cnn.load_mnist(str(tmp_path), train=False)
+        mnist_cnn.load_images(HyperParameters(data_dir=tmp_path), train=False)
 
     checkpoint = tmp_path / "model.pth"
     assert mnist_cnn.main(["--data-dir", str(tmp_path), "--checkpoint", str(checkpoint)]) == 2
@@ -390,7 +389,9 @@ def test_evaluate_model_counts_and_averages() -> None:
 
 def epoch_metrics(epoch: int, validation_loss: float, validation_accuracy: float) -> EpochMetrics:
     test_accuracy = 100.0 - epoch  # of no influence
-    return EpochMetrics(epoch, 0.1, 97.0, validation_loss, validation_accuracy, test_accuracy)
+    return EpochMetrics(
+        epoch, 0.1, 97.0, validation_loss, validation_accuracy, test_accuracy, 0.001
+    )
 
 
 def test_kept_epoch_is_the_best_on_validation_and_the_last_without_it() -> None:
@@ -406,12 +407,13 @@ def test_kept_epoch_is_the_best_on_validation_and_the_last_without_it() -> None:
 
 
 def test_learning_rate_rises_tenfold_and_falls_to_nearly_0() -> None:
-    optimizer, schedule = mnist_cnn.new_optimizer(TinyCNN(), HyperParameters(), num_steps=1_000)
+    params = HyperParameters(num_epochs=10, batch_size=64)
+    run = mnist_cnn.new_run(params, torch.device("cpu"), num_images=100 * 64 - 1)
     rates = []
     for _ in range(1_000):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
+        rates.append(run.optimizer.param_groups[0]["lr"])
+        run.optimizer.step()
+        run.schedule.step()
     peak = rates.index(max(rates))
     assert (rates[0], rates[peak]) == (pytest.approx(0.0009), pytest.approx(0.009))
     assert peak == pytest.approx(300, abs=1)
@@ -421,12 +423,14 @@ def test_learning_rate_rises_tenfold_and_falls_to_nearly_0() -> None:
 
 
 def test_dropout_falls_to_0_in_equal_steps() -> None:
-    params = HyperParameters(num_epochs=5)
-    model = TinyCNN(params.dropout_rate)
+    params = HyperParameters(num_epochs=5, batch_size=8, device="cpu")
+    run = mnist_cnn.new_run(params, torch.device("cpu"), num_images=8)
+    training_set = torch.zeros(8, 1, 28, 28, dtype=torch.uint8), torch.arange(8)
     rates = []
-    for epoch in range(1, 6):
-        mnist_cnn.anneal_dropout(model, params, epoch)
-        rates.append({layer.p for layer in model.modules() if hasattr(layer, "p")})
+    for _ in range(5):
+        mnist_cnn.train_epoch(run, training_set, params)
+        run.history.append(epoch_metrics(0, 0.0, 0.0))
+        rates.append({layer.p for layer in run.model.modules() if hasattr(layer, "p")})
     assert [rate for (rate,) in rates] == pytest.approx([0.2, 0.15, 0.1, 0.05, 0])
 
 
@@ -448,9 +452,8 @@ def test_without_validation_images_the_last_epoch_is_kept(
     model, history = mnist_cnn.train_model(params, tmp_path / "model.pth")
     output = capsys.readouterr().out
     assert "Val Acc" not in output
-    assert "Loaded model from epoch 2, the last" in output
-    test_set = mnist_cnn.load_mnist("", train=False)
-    test_set = [tensor.to(mnist_cnn.pick_device(params)) for tensor in test_set]
+    assert "epoch 2 with validation accuracy: none taken\n" in output
+    test_set = mnist_cnn.load_images(params, train=False)
     assert mnist_cnn.evaluate_model(model, *test_set)[1] == history[-1].test_accuracy
     mnist_cnn.plot_history(history).savefig(tmp_path / "curves.png")
 
@@ -469,12 +472,12 @@ def test_mistakes_are_counted_and_shown_with_the_surest_first() -> None:
         f"{pair}, {percent:.0f}%"
         for pair, percent in zip(["3 as 5", "7 as 1", "3 as 5"], sure, strict=True)
     ]
-    assert figure.get_suptitle() == "3 of 5 images missed"
+    assert figure.get_suptitle() == "3 of 5 images missed, the surest mistakes first"
 
 
 def test_an_unusable_checkpoint_path_stops_before_training(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "missing" / "model.pth"):
-        with pytest.raises(OSError, match=f"cannot write {path}: "):
+        with pytest.raises(OSError, match=str(path)):
             mnist_cnn.train_model(HyperParameters(), path)
 
 
@@ -482,7 +485,7 @@ def test_an_unusable_checkpoint_path_stops_before_training(tmp_path: Path) -> No
 
 
 def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=f"no checkpoint {tmp_path}/nothing.pth"):
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/nothing.pth"):
         mnist_cnn.load_and_evaluate_model(tmp_path / "nothing.pth", HyperParameters())
 
 
@@ -499,9 +502,9 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     ]
     for content in contents:
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=f"^{path} (is not a file|holds a NoneType)"):
+        with pytest.raises(ValueError, match=f"^{path} is not a dict of tensors"):
             mnist_cnn.load_checkpoint(path, HyperParameters())
-    with pytest.raises(ValueError, match=f"^{tmp_path} is not a file"):
+    with pytest.raises(IsADirectoryError, match=str(tmp_path)):
         mnist_cnn.load_checkpoint(tmp_path, HyperParameters())
 
 
@@ -511,18 +514,13 @@ Weights = dict[str, Any]
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (
-            lambda _: nn.Linear(784, 10).state_dict(),
-            "bias is unexpected; conv1.0.weight is missing",
-        ),
-        (lambda w: w | {"fc.1.bias": w["fc.1.bias"][:9]}, r"fc.1.bias is \[9\] .*, not \[10\]"),
-        (lambda w: w | {"fc.1.bias": w["fc.1.bias"].half()}, "float16, not .* torch.float32$"),
-        (
-            lambda w: w | {"fc.1.bias": w["fc.1.bias"].log()},
-            "fc.1.bias has NaN or infinite values$",
-        ),
-        (lambda w: w | {"fc.1.bias": 1}, "fc.1.bias is missing$"),
-        (lambda w: {"model": w, "epoch": 3}, "model is unexpected; epoch .*; and 42 more$"),
+        (lambda _: nn.Linear(784, 10).state_dict(), 'Missing key.* "conv1.0.weight"'),
+        (lambda w: w | {"fc.1.bias": w["fc.1.bias"][:9]}, "fc.1.bias: .* torch.Size"),
+        (lambda w: w | {"fc.1.bias": w["fc.1.bias"].half()}, "fc.1.bias is not torch.float32"),
+        (lambda w: w | {"fc.1.bias": w["fc.1.bias"].log()}, "fc.1.bias .* NaN or infinite values"),
+        (lambda w: w | {"fc.1.bias": 1}, "fc.1.bias"),
+        (lambda w: {"model": w, "epoch": 3}, "Missing key"),
+        (lambda w: {"model_state_dict": 3}, "int"),
     ],
 )
 def test_weights_that_do_not_fit_are_named(
@@ -548,7 +546,7 @@ def test_a_pickle_is_not_executed(tmp_path: Path) -> None:
             return os.mkdir, (str(tmp_path / "executed"),)
 
     torch.save({"conv1.0.weight": Payload()}, tmp_path / "payload.pth")
-    with pytest.raises(ValueError, match=r"payload\.pth is not a file of tensors"):
+    with pytest.raises(ValueError, match=r"payload\.pth is not a dict of tensors"):
         mnist_cnn.load_checkpoint(tmp_path / "payload.pth", HyperParameters())
     assert not (tmp_path / "executed").exists()
 
@@ -607,10 +605,10 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
         params = replace(params, validation_size=0)
     whole, history = mnist_cnn.train_model(params, tmp_path / "whole.pth")
 
-    def crash_in_epoch_3(*arguments: Any) -> tuple[float, float]:
-        if arguments[-1] == "Epoch 3/3":
+    def crash_in_epoch_3(run: mnist_cnn.Run, *arguments: Any) -> tuple[float, float]:
+        if len(run.history) == 2:
             raise RuntimeError("a bug")
-        return train_epoch(*arguments)
+        return train_epoch(run, *arguments)
 
     train_epoch = mnist_cnn.train_epoch
     path = tmp_path / "model.pth"
@@ -622,7 +620,8 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
     assert path.read_text() == "of an earlier run"
 
     for name, value in (("num_epochs", 4), ("random_seed", 1)):
-        complaint = rf"cannot resume .*: {name} was {getattr(params, name)}, now it is {value}$"
+        before = getattr(params, name)
+        complaint = rf"cannot resume .*: it had .'{name}': {before}., not .'{name}': {value}.$"
         with pytest.raises(ValueError, match=complaint):
             mnist_cnn.train_model(replace(params, **{name: value}), path, resume=True)
 
@@ -645,20 +644,22 @@ def test_a_diverging_run_stops_and_keeps_the_best(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = tmp_path / "model.pth"
-    with pytest.raises(FloatingPointError, match=r"training diverged: .* of Epoch 1/1"):
+    with pytest.raises(FloatingPointError, match="training diverged in epoch 1: .* lower"):
         mnist_cnn.train_model(replace(small_mnist, learning_rate=1e20), path)
     assert not path.exists()
 
-    def diverge_in_epoch_2(model: nn.Module, *arguments: Any) -> tuple[float, float]:
-        if arguments[-1] == "Epoch 2/2":
-            nn.init.constant_(next(model.parameters()), math.inf)
-        return train_epoch(model, *arguments)
+    def diverge_in_epoch_2(run: mnist_cnn.Run, *arguments: Any) -> tuple[float, float]:
+        metrics = train_epoch(run, *arguments)
+        if len(run.history) == 1:
+            nn.init.constant_(next(run.model.parameters()), math.inf)  # by the last step
+        return metrics
 
     train_epoch = mnist_cnn.train_epoch
     monkeypatch.setattr(mnist_cnn, "train_epoch", diverge_in_epoch_2)
-    with pytest.raises(FloatingPointError, match="of Epoch 2/2"):
+    with pytest.raises(FloatingPointError, match="in epoch 2"):
         mnist_cnn.train_model(replace(small_mnist, num_epochs=2), path)
-    assert f"Stopped after epoch 1. {path} has the best so far, epoch 1" in capsys.readouterr().out
+    stopped = f"Stopped after epoch 1. {path} has the best so far, epoch 1\n"
+    assert capsys.readouterr().out.endswith(stopped)
     mnist_cnn.load_checkpoint(path, small_mnist)
 
 
@@ -688,7 +689,7 @@ def test_a_signal_stops_the_run_and_keeps_what_it_has(
         mnist_cnn.load_checkpoint(path, params)
         assert {file.name for file in tmp_path.iterdir()} == {path.name, f"{path.name}.resume"}
     else:
-        assert output == "Stopped within the first epoch: there is nothing to keep\n"
+        assert output == "Stopped after epoch 0. There is nothing to keep\n"
         assert list(tmp_path.iterdir()) == []
 
 
@@ -721,22 +722,20 @@ def save_gradients(rank: int, count: int, folder: Path) -> None:
     join(rank, count, folder)
     params = HyperParameters(
         batch_size=61,
+        dropout_rate=0.0,
         max_rotation=0.0,
         max_shift=0.0,
         max_scaling=0.0,
         device="cpu",
         precision="float32",
     )
-    torch.manual_seed(0)
-    model = TinyCNN(dropout_rate=0.0)
-    for layer in model.modules():
+    run = mnist_cnn.new_run(params, torch.device("cpu"), num_images=61)
+    for layer in run.model.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.eval().train = lambda _: None  # stays so
     training_set = torch.randint(256, (61, 1, 28, 28)).byte(), torch.randint(10, (61,))
-    optimizer, schedule = mnist_cnn.new_optimizer(model, params, 10)
-    learner = mnist_cnn.parallel(model)
-    loss, accuracy = mnist_cnn.train_epoch(learner, optimizer, schedule, training_set, params, "")
-    results = {name: weight.grad for name, weight in model.named_parameters()}
+    loss, accuracy = mnist_cnn.train_epoch(run, training_set, params)
+    results = {name: weight.grad for name, weight in run.model.named_parameters()}
     results |= {"loss": torch.tensor(loss), "accuracy": torch.tensor(accuracy)}
     if rank == 0:
         torch.save(results, folder / f"of_{count}.pt")
@@ -802,7 +801,7 @@ def refuse_a_batch(rank: int, count: int, folder: Path) -> None:
     join(rank, count, folder)
     mnist_cnn.load_splits = lambda *_: [(torch.zeros(28, 1, 28, 28), torch.zeros(28))] * 3
     params = HyperParameters(batch_size=9, device="cpu")  # leaves a last batch of one image
-    with pytest.raises(ValueError, match="3 processes cannot share batches of 9 of 28 images"):
+    with pytest.raises(ValueError, match="3 processes cannot share a last batch of 1$"):
         mnist_cnn.train_model(params, folder / "model.pth")
 
 
@@ -816,8 +815,10 @@ sys.path.insert(0, {folder!r})
 import mnist_cnn
 
 print("process", os.getpid(), flush=True)
-load_mnist = mnist_cnn.load_mnist
-mnist_cnn.load_mnist = lambda *arguments: [part[:2_000] for part in load_mnist(*arguments)]
+load_images = mnist_cnn.load_images
+mnist_cnn.load_images = lambda *arguments, **named: [
+    part[:2_000] for part in load_images(*arguments, **named)
+]
 sys.exit(mnist_cnn.main(["--data-dir", {data_dir!r}, "--validation-size", "500", *sys.argv[1:]]))
 """
 
@@ -842,7 +843,7 @@ def test_torchrun_ends_with_a_killed_process_and_one_process_carries_on(
     while "Epoch 2/4" not in output:
         output += run.stdout.readline()
         assert run.poll() is None, output
-    assert output.count("Epoch 1/4") == output.count("in each of 2 processes") == 1
+    assert output.count("Epoch 1/4") == output.count("Training on") == 1
     processes = [int(number) for number in re.findall(r"^process (\d+)$", output, re.MULTILINE)]
     assert len(processes) == 2
     os.kill(processes[1], signal.SIGKILL)
@@ -858,173 +859,6 @@ def test_torchrun_ends_with_a_killed_process_and_one_process_carries_on(
     assert resumed.returncode == 0, resumed.stderr
     assert re.search(r"^Carrying on after epoch [123]$", resumed.stdout, re.MULTILINE)
     mnist_cnn.load_checkpoint(tmp_path / "best_mnist_model.pth", params)
-
-
-# ---- Digits from anywhere -----------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def shipped() -> nn.Module:
-    return mnist_cnn.load_checkpoint(CHECKPOINT, HyperParameters())
-
-
-@pytest.fixture(scope="module")
-def some_digits(params: HyperParameters) -> tuple[Tensor, Tensor]:
-    images, labels = mnist_cnn.load_mnist(params.data_dir, train=False)
-    return images[:30], labels[:30]
-
-
-def test_mnist_itself_passes_through_unchanged(params: HyperParameters) -> None:
-    images, _ = mnist_cnn.load_mnist(params.data_dir, train=False)
-    assert all(
-        torch.equal(mnist_cnn.like_mnist(mnist_cnn.read_brightness(image)), image)
-        for image in images[::5]
-    )
-
-
-def enlarged(image: Tensor, scale: int, margins: list[int]) -> Tensor:
-    """(1, 28, 28) uint8 to a larger picture in 0..1, dark on light."""
-    return (
-        1 - F.pad(F.interpolate(image[None] / 255, scale_factor=scale, mode="bilinear"), margins)[0]
-    )
-
-
-def scan(image: Tensor) -> Tensor:
-    return enlarged(image, 7, [3, 90, 40, 11])
-
-
-def scanned(image: Tensor) -> Any:
-    """As PIL takes it: (H, W) uint8."""
-    return (255 * scan(image)[0]).byte().numpy()
-
-
-def photo(image: Tensor) -> Tensor:
-    """Light from one side, noise, and a coloured pen."""
-    picture = enlarged(image, 5, [80, 20, 9, 60]).clamp(min=0.4)
-    light = torch.linspace(0.5, 1, picture.shape[-1])
-    noise = 0.02 * torch.randn(picture.shape, generator=torch.Generator().manual_seed(0))
-    return ((picture * light + noise) * torch.tensor([0.8, 0.9, 1.0]).view(3, 1, 1)).clamp(0, 1)
-
-
-def blackboard(image: Tensor) -> Tensor:
-    return 0.2 + 0.5 * (1 - scan(image))
-
-
-def thin_pen(image: Tensor) -> Tensor:
-    return mnist_cnn.dilated(enlarged(image, 8, [50] * 4)[0], 4)
-
-
-def thick_pen(image: Tensor) -> Tensor:
-    return -mnist_cnn.dilated(-enlarged(image, 8, [50] * 4)[0], 5)
-
-
-def dotted(image: Tensor) -> Tensor:
-    """Black and white, a block of 4x4 pixels for each of MNIST's."""
-    return 1 - F.pad(image.gt(127).float().repeat_interleave(4, 1).repeat_interleave(4, 2), [9] * 4)
-
-
-@pytest.mark.parametrize("picture", [scan, photo, blackboard, thin_pen, thick_pen, dotted])
-def test_digits_are_recognized_however_they_come(
-    picture: Callable[[Tensor], Tensor], shipped: nn.Module, some_digits: tuple[Tensor, Tensor]
-) -> None:
-    images, labels = some_digits
-    digits, probabilities = mnist_cnn.predict_digits(shipped, [picture(image) for image in images])
-    assert probabilities.shape == (30, 10)
-    torch.testing.assert_close(probabilities.sum(1), torch.ones(30))
-    assert (digits != labels).sum() <= 1
-
-
-def test_every_kind_of_picture_gives_the_same(
-    shipped: nn.Module, some_digits: tuple[Tensor, Tensor], tmp_path: Path
-) -> None:
-    import numpy as np
-    from PIL import ExifTags, Image
-
-    (image, *_), labels = some_digits
-    grey = scanned(image)
-    transparent = np.zeros((*grey.shape, 4), dtype=np.uint8)
-    transparent[..., 3] = 255 - grey  # black ink, no paper
-    Image.fromarray(grey).save(tmp_path / "grey.png")
-    Image.fromarray(transparent).save(tmp_path / "transparent.png")
-    Image.fromarray(255 - transparent[..., [3, 3, 3]]).save(tmp_path / "colour.jpg", quality=90)
-    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "sixteen_bits.png")
-    turned = Image.fromarray(grey).rotate(90, expand=True)
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = 6  # to be turned by 90 degrees
-    turned.save(tmp_path / "turned.jpg", exif=exif)
-    pictures = [
-        *sorted(tmp_path.iterdir()),
-        str(tmp_path / "grey.png"),
-        Image.fromarray(grey),
-        grey,
-        grey / 255,
-        grey.astype(np.int64),
-        grey > 127,
-        grey[..., None],
-        np.stack([grey] * 3),
-        torch.from_numpy(grey),
-        torch.from_numpy(grey)[None] / 255,
-        image,
-    ]
-    digits, probabilities = mnist_cnn.predict_digits(shipped, pictures)
-    assert digits.tolist() == [labels[0].item()] * len(pictures)
-    assert probabilities.max(1).values.min() > 0.9
-    batch, _ = mnist_cnn.predict_digits(shipped, some_digits[0])
-    assert batch.shape == (30,)
-
-
-@pytest.mark.parametrize(
-    ("picture", "complaint"),
-    [
-        (torch.ones(28, 28), "picture 1: blank"),
-        (torch.zeros(1, 28, 28, dtype=torch.uint8), "picture 1: blank"),
-        (torch.full((40, 60), 0.9) + 0.01 * torch.rand(40, 60), "picture 1: blank"),
-        (torch.full((9, 9), math.nan), "picture 1: has NaN"),
-        (torch.randn(28, 28), "picture 1: has NaN, infinite or negative"),
-        (torch.rand(2, 3, 28, 28), r"picture 1: shape .*\(2, 3, 28, 28\)"),
-        (torch.rand(0, 28), r"picture 1: shape "),
-        ("nothing.png", "nothing.png: .*No such file"),
-    ],
-)
-def test_what_is_no_digit_is_named(
-    picture: object, complaint: str, shipped: nn.Module, some_digits: tuple[Tensor, Tensor]
-) -> None:
-    with pytest.raises((OSError, ValueError), match=complaint):
-        mnist_cnn.predict_digits(shipped, [some_digits[0][0], picture])
-
-
-def test_predict_classifies_the_good_files_and_names_the_others(
-    some_digits: tuple[Tensor, Tensor],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    from PIL import Image
-
-    images, labels = some_digits
-    for number in (0, 1):
-        Image.fromarray(scanned(images[number])).save(tmp_path / f"{number}.png")
-    (tmp_path / "text.png").write_text("not a picture")
-    Image.new("1", (8_000, 7_000)).save(tmp_path / "huge.png")
-    names = ["0.png", "text.png", "missing.png", "huge.png", ".", "1.png"]
-    paths = [str(tmp_path / name) for name in names]
-    arguments = ["predict", "--checkpoint", str(CHECKPOINT)]
-    assert mnist_cnn.main([*arguments, *paths]) == 2
-    output, errors = capsys.readouterr()
-    lines = output.splitlines()
-    for line, path, label in zip(lines, (paths[0], paths[-1]), labels[:2], strict=True):
-        assert re.fullmatch(rf"{path}: {label} \(\d+\.\d%\), or \d \(\d+\.\d%\)", line)
-    assert [
-        line.startswith(f"error: {path}: ")
-        for line, path in zip(errors.splitlines(), paths[1:-1], strict=True)
-    ] == [True] * 4
-
-    with open(paths[0], "rb") as file:
-        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=file))
-        assert mnist_cnn.main([*arguments, "--json", "-"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert (result["file"], result["digit"]) == ("-", labels[0])
-    assert sum(result["probabilities"]) == pytest.approx(1)
 
 
 # ---- The command line ---------------------------------------------------------------------------
@@ -1089,14 +923,6 @@ def test_a_synthetic_run_needs_no_mnist_and_says_what_it_is(tmp_path: Path) -> N
         mnist_cnn.train_model(HyperParameters(synthetic=True))
 
 
-def test_synthetic_digits_are_like_mnist() -> None:
-    images, labels = mnist_cnn.draw_digits(train=False)
-    assert (images.shape, images.dtype) == ((10_000, 1, 28, 28), torch.uint8)
-    assert labels.bincount().min() > 900
-    model = mnist_cnn.load_checkpoint(CHECKPOINT, HyperParameters()).cpu()  # has never seen a font
-    assert mnist_cnn.evaluate_model(model, images, labels)[1] > 80
-
-
 def test_evaluate_counts_the_mistakes_of_each_digit(
     params: HyperParameters, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1117,7 +943,6 @@ def test_evaluate_counts_the_mistakes_of_each_digit(
 
 def test_the_readme_snippets_and_commands_work(
     small_mnist: HyperParameters,
-    some_digits: tuple[Tensor, Tensor],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -1130,9 +955,9 @@ def test_the_readme_snippets_and_commands_work(
     )
     monkeypatch.chdir(tmp_path)
     shutil.copy(CHECKPOINT, tmp_path)
-    images, labels = some_digits
+    images, labels = mnist_cnn.load_images(small_mnist, train=False)
     for image, name in zip(images, ("seven.jpg", "scan.png"), strict=False):
-        Image.fromarray(scanned(image)).save(name)
+        Image.fromarray(255 - image[0].numpy()).resize((200, 200)).save(name)
 
     readme = MODULE.with_name("README.md").read_text()
     variables: dict[str, Any] = {}
@@ -1156,13 +981,13 @@ def test_the_readme_snippets_and_commands_work(
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
-        ("--num-epochs 0", "num_epochs is 0; allowed is int [1, inf)"),
+        ("--num-epochs 0", "num_epochs is 0; it must be 1 or more"),
         ("--batch-size many", "argument --batch-size: invalid int value: 'many'"),
         ("--epochs 3", "unrecognized arguments: --epochs 3"),
         ("--device cuda:9", "device 'cuda:9' is not there: "),
         ("--device gpu", "device 'gpu' is not there: "),
         ("--resume", "best_mnist_model.pth.resume"),
-        ("--checkpoint missing/model.pth", "missing/model.pth: it is a folder, or its folder is"),
+        ("--checkpoint missing/model.pth", "No such file or directory"),
     ],
 )
 def test_a_wrong_flag_is_explained_without_a_traceback(
