@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib import get_data_path
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 MAX_PIXELS = 50_000_000  # larger pictures would take gigabytes to decode
@@ -27,11 +27,13 @@ def read_brightness(picture: Any) -> Tensor:
         OSError: the file is missing, or is no picture.
         ValueError: the picture is too large, or has another shape, or has NaN or negative values.
     """
-    if isinstance(picture, (str, Path)) or hasattr(picture, "read"):
+    if isinstance(picture, (str, os.PathLike)) or hasattr(picture, "read"):
         try:
             picture = Image.open(picture)
         except Image.DecompressionBombError as error:
             raise ValueError(f"more than {MAX_PIXELS:,} pixels") from error
+        except UnidentifiedImageError as error:
+            raise ValueError("not a picture") from error
     if isinstance(picture, Image.Image):
         if picture.width * picture.height > MAX_PIXELS:
             raise ValueError(f"more than {MAX_PIXELS:,} pixels: {picture.width}x{picture.height}")
@@ -39,7 +41,7 @@ def read_brightness(picture: Any) -> Tensor:
         if not picture.mode.startswith(("I", "F")):  # those have no colour, but more than 8 bits
             picture = picture.convert("RGBA")
     if isinstance(picture, Tensor):
-        picture = picture.detach().cpu()
+        picture = picture.detach().cpu().float()
     values = torch.from_numpy(np.asarray(picture).astype(np.float32))
     if values.ndim == 2:
         values = values.unsqueeze(-1)
@@ -51,7 +53,7 @@ def read_brightness(picture: Any) -> Tensor:
         )
     if not values.isfinite().all() or values.min() < 0:
         raise ValueError("has NaN, infinite or negative values")
-    if values.max() > 1 or np.asarray(picture).dtype == np.uint8:
+    if values.max() > 1:
         values = values / max(255.0, values.max().item())
     if values.shape[-1] == 1:
         return values.squeeze(-1)
@@ -167,20 +169,31 @@ def like_mnist(brightness: Tensor) -> Tensor:
     return image
 
 
-def read_digits(pictures: Any) -> Tensor:
-    """(N, 1, 28, 28) uint8 of pictures: one, a list, or a batch as an array or a tensor.
+def read_digit(picture: Any, name: object) -> Tensor:
+    """(1, 1, 28, 28) uint8 of a picture.
 
     Raises:
-        OSError, ValueError: see read_brightness and like_mnist; the message names the picture.
+        OSError, ValueError: see read_brightness and like_mnist; the message begins with the name.
     """
+    try:
+        return like_mnist(read_brightness(picture)).unsqueeze(0)
+    except (OSError, ValueError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"{name}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def read_digits(pictures: Any) -> Tensor:
+    """(N, 1, 28, 28) uint8 of a list of pictures, a batch as an array or tensor, or one picture.
+
+    Raises:
+        OSError, ValueError: see read_digit; a picture without a file name is named by its number.
+    """
+    if isinstance(pictures, (str, os.PathLike, Image.Image)) or getattr(pictures, "ndim", 0) == 2:
+        pictures = [pictures]
     images = [torch.empty(0, 1, 28, 28, dtype=torch.uint8)]
     for number, picture in enumerate(pictures):
-        name = picture if isinstance(picture, (str, os.PathLike)) else f"picture {number}"
-        try:
-            images.append(like_mnist(read_brightness(picture)).unsqueeze(0))
-        except (OSError, ValueError) as error:
-            kind = OSError if isinstance(error, OSError) else ValueError
-            raise kind(f"{name}: {getattr(error, 'strerror', None) or error}") from error
+        named = isinstance(picture, (str, os.PathLike))
+        images.append(read_digit(picture, picture if named else f"picture {number}"))
     return torch.cat(images)
 
 
@@ -198,6 +211,7 @@ def fonts() -> list[Image.Image]:
     return drawn
 
 
+@functools.cache
 def draw_digits(count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Images (N, 1, 28, 28) uint8, turned and shifted at random, and labels (N,) int64."""
     chance = random.Random(seed)

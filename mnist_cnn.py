@@ -25,12 +25,14 @@ import socket
 import sys
 import tempfile
 import zipfile
-import zlib
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported, no traceback
 
 import torch
 import torch.distributed as dist
@@ -111,7 +113,7 @@ def download_mnist(raw: Path) -> None:
     """Have torchvision put the files into the folder raw, each whole or not at all."""
     from torchvision.datasets import MNIST
 
-    print(f"Downloading MNIST to {raw}", flush=True)
+    print(f"Downloading MNIST to {raw}")
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)  # a network that swallows packets would hold for minutes
     try:
@@ -123,18 +125,14 @@ def download_mnist(raw: Path) -> None:
     except (OSError, RuntimeError) as error:
         raise FileNotFoundError(
             f"MNIST is not in {raw} and cannot be downloaded ({str(error).splitlines()[-1]}): put "
-            f"{', '.join(MNIST_FILES)} there, or set MNIST_DATA_DIR to the folder whose MNIST/raw "
-            "has them, or try everything on drawn digits with --synthetic"
+            f"{', '.join(MNIST_FILES)} there, or set MNIST_DATA_DIR, or try --synthetic"
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)
 
 
 def load_images(params: HyperParameters, train: bool) -> Split:
-    """All 60,000 training or 10,000 test images.
-
-    FileNotFoundError: they cannot be downloaded. ValueError: a file is not the official one.
-    """
+    """All 60,000 training or 10,000 test images; OSError, ValueError: missing, or not official."""
     if params.synthetic:
         from digits import draw_digits
 
@@ -147,7 +145,7 @@ def load_images(params: HyperParameters, train: bool) -> Split:
         path = raw / name if (raw / name).exists() else raw / f"{name}.gz"
         content = path.read_bytes()
         if path.suffix == ".gz":
-            with contextlib.suppress(EOFError, OSError, zlib.error):
+            with contextlib.suppress(Exception):  # the check sum tells
                 content = gzip.decompress(content)
         if hashlib.md5(content, usedforsecurity=False).hexdigest() != MNIST_FILES[name]:
             raise ValueError(f"{path} is damaged: delete it, and the next run downloads it again")
@@ -172,10 +170,7 @@ def normalize(images: Tensor) -> Tensor:
 
 
 def augment(images: Tensor, params: HyperParameters) -> Tensor:
-    """Rotate, scale and shift each image at random, all in one batched bilinear warp.
-
-    (N, 1, 28, 28) in 0..255, of any type, to float32; 0 is what comes in at the edges.
-    """
+    """Rotate, scale and shift each image (N, 1, 28, 28) at random, all in one bilinear warp."""
     uniform = torch.rand(4, len(images), device=images.device) * 2 - 1
     angle = math.radians(params.max_rotation) * uniform[0]
     size = 1 + params.max_scaling * uniform[1]
@@ -189,21 +184,17 @@ def augment(images: Tensor, params: HyperParameters) -> Tensor:
 
 # ---- Model --------------------------------------------------------------------------------------
 class TinyCNN(nn.Module):
-    """(N, 1, 28, 28) normalized images to (N, 10) logits.
-
-    The comments give the receptive field, in pixels a side, at the end of each block.
-    """
+    """(N, 1, 28, 28) normalized images to (N, 10) logits; the comments give receptive fields."""
 
     def __init__(self, dropout_rate: float = 0.25) -> None:
         super().__init__()
 
-        def conv(inputs: int, outputs: int) -> nn.Module:
-            return nn.Conv2d(inputs, outputs, 3, padding=1)
-
         def normed(inputs: int, outputs: int) -> list[nn.Module]:
-            return [conv(inputs, outputs), nn.BatchNorm2d(outputs), nn.ReLU()]
+            return [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
 
-        self.conv1 = nn.Sequential(conv(1, 4), nn.ReLU(), conv(4, 8), nn.ReLU())  # 5
+        self.conv1 = nn.Sequential(  # 5
+            nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 8, 3, padding=1), nn.ReLU()
+        )
         self.conv2 = nn.Sequential(*normed(8, 12), *normed(12, 16), nn.MaxPool2d(2))  # 10
         self.conv3 = nn.Sequential(  # 20
             *normed(16, 20), nn.Dropout2d(dropout_rate), *normed(20, 16), nn.MaxPool2d(2)
@@ -215,9 +206,8 @@ class TinyCNN(nn.Module):
         self.to(memory_format=torch.channels_last)  # the layout that convolutions are fastest in
 
     def forward(self, images: Tensor) -> Tensor:
-        features: Tensor = self.conv4(self.conv3(self.conv2(self.conv1(images))))
-        logits: Tensor = self.fc(features.flatten(1))
-        return logits
+        features = self.conv4(self.conv3(self.conv2(self.conv1(images))))
+        return self.fc(features.flatten(1))
 
 
 # ---- Several processes --------------------------------------------------------------------------
@@ -269,6 +259,7 @@ def copy_buffers_of_first(model: nn.Module) -> None:
 
 # ---- Training -----------------------------------------------------------------------------------
 
+StrPath = str | os.PathLike[str]
 CHECKPOINT = Path("best_mnist_model.pth")
 
 
@@ -295,17 +286,6 @@ def kept_epoch(history: list[EpochMetrics]) -> EpochMetrics:
     return max(reversed(history), key=lambda e: (e.validation_accuracy, -e.validation_loss))
 
 
-@dataclass
-class Run:
-    """A run between two epochs: all that it takes to carry on."""
-
-    model: TinyCNN
-    optimizer: Adam
-    schedule: OneCycleLR
-    history: list[EpochMetrics] = field(default_factory=list)
-    best: dict[str, Tensor] = field(default_factory=dict)  # weights of kept_epoch(history)
-
-
 def pick_device(params: HyperParameters) -> torch.device:
     """What params.device names, or ValueError; "auto" is an accelerator, or else the CPU."""
     best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
@@ -319,32 +299,34 @@ def pick_device(params: HyperParameters) -> torch.device:
 
 
 def pick_precision(params: HyperParameters, device: torch.device) -> str:
-    """bfloat16 where the CPU has instructions for it: training is 1.3 times as fast."""
-    # torch.cpu.get_capabilities came with torch 2.11: without it nobody can tell.
+    """bfloat16 where the CPU is known (since torch 2.11) to have it: 1.3 times as fast."""
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     native = device.type == "cpu" and capabilities.get("avx512_bf16") is True
     return "bfloat16" if native and params.precision == "auto" else "float32"
 
 
-def new_run(params: HyperParameters, device: torch.device, num_images: int) -> Run:
-    """Before the first epoch. In 30 % of the steps the learning rate goes up to its peak, then down
-    to nearly 0; Adam's momentum goes the other way (Smith and Topin, "Super-Convergence", 2018).
-    """
-    last_batch = num_images % params.batch_size or params.batch_size
-    if last_batch < world_size():
-        raise ValueError(f"{world_size()} processes cannot share a last batch of {last_batch}")
-    if sys.platform == "linux":  # glibc shall reuse memory, not return it at every step: 1.1 x
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: no larger one is accepted
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    torch.backends.cudnn.deterministic = True  # of a GPU's convolutions
-    torch.manual_seed(1000 * params.random_seed)
-    model = TinyCNN(params.dropout_rate).to(device)
-    optimizer = Adam(model.parameters(), params.learning_rate, fused=True)
-    num_steps = params.num_epochs * math.ceil(num_images / params.batch_size)
-    peak = params.learning_rate * params.peak_factor
-    schedule = OneCycleLR(optimizer, peak, num_steps, div_factor=params.peak_factor)
-    return Run(model, optimizer, schedule)
+class Run:
+    """A run between two epochs: all that it takes to carry on."""
+
+    def __init__(self, params: HyperParameters, device: torch.device, num_images: int) -> None:
+        last_batch = num_images % params.batch_size or params.batch_size
+        if last_batch < world_size():
+            raise ValueError(f"{world_size()} processes cannot share a last batch of {last_batch}")
+        if sys.platform == "linux":  # glibc shall reuse memory, not return it at every step: 1.1 x
+            libc = ctypes.CDLL(None)
+            libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: no larger one is accepted
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        torch.backends.cudnn.deterministic = True  # of a GPU's convolutions
+        torch.manual_seed(1000 * params.random_seed)
+        self.model = TinyCNN(params.dropout_rate).to(device)
+        self.optimizer = Adam(self.model.parameters(), params.learning_rate, fused=True)
+        # Up to the peak in 30 % of the steps, then down to nearly 0; Adam's momentum goes the other
+        # way (Smith and Topin, "Super-Convergence", 2018).
+        peak = params.learning_rate * params.peak_factor
+        steps = params.num_epochs * math.ceil(num_images / params.batch_size)
+        self.schedule = OneCycleLR(self.optimizer, peak, steps, div_factor=params.peak_factor)
+        self.history: list[EpochMetrics] = []
+        self.best: dict[str, Tensor] = {}  # weights of kept_epoch(history)
 
 
 def train_epoch(run: Run, training_set: Split, params: HyperParameters) -> tuple[float, float]:
@@ -424,32 +406,25 @@ def one_epoch(run: Run, splits: list[Split], params: HyperParameters) -> None:
     validation = evaluate_model(run.model, *validation_set)
     test_loss, test_accuracy = evaluate_model(run.model, *test_set)
     if not math.isfinite(loss + test_loss):
-        advice = "start anew with a lower learning_rate or peak_factor"
-        raise FloatingPointError(f"training diverged in epoch {number}: {advice}")
+        raise FloatingPointError(f"diverged in epoch {number}: start anew at a lower learning_rate")
     rate = float(run.schedule.get_last_lr()[0])
     epoch = EpochMetrics(number, loss, train_accuracy, *validation, test_accuracy, rate)
     history, best = [*run.history, epoch], run.best
-    if kept_epoch(history) is epoch:  # on the CPU, and in the usual layout: as anyone can load them
-        layout = torch.contiguous_format
-        weights = run.model.state_dict().items()
-        best = {name: w.to("cpu", copy=True, memory_format=layout) for name, w in weights}
+    if kept_epoch(history) is epoch:
+        best = {name: tensor.cpu().clone() for name, tensor in run.model.state_dict().items()}
     run.history, run.best = history, best  # together: Ctrl-C may come at any time
 
 
 def train_model(
-    params: HyperParameters,
-    checkpoint_path: str | os.PathLike[str] = CHECKPOINT,
-    resume: bool = False,
+    params: HyperParameters, checkpoint_path: StrPath = CHECKPOINT, resume: bool = False
 ) -> tuple[TinyCNN, list[EpochMetrics]]:
     """Train on MNIST, printing a line an epoch, and save the kept epoch's weights.
 
-    Every epoch ends by saving the whole run to `<checkpoint_path>.resume`, from where resume=True
-    carries on, to the same weights to the bit. The checkpoint is replaced when the run ends, or is
-    stopped after an epoch or more: interrupted, or by one of the errors below. Seeds torch.
+    Every epoch is saved to `<checkpoint_path>.resume`, from where resume=True carries on, to the
+    same weights to the bit. A run that is stopped after an epoch or more keeps its best too.
 
     Returns the model with the kept epoch's weights, in eval mode, and the metrics of every epoch.
-    OSError, ValueError: the data, the checkpoint or the interrupted run cannot be used.
-    FloatingPointError: training diverged.
+    OSError, ValueError: data or a file cannot be used. FloatingPointError: training diverged.
     """
     path = writable(checkpoint_path)
     run_path = path.with_name(f"{path.name}.resume")
@@ -459,7 +434,7 @@ def train_model(
         raise FileNotFoundError(f"nothing to resume: there is no {run_path}")
     device = pick_device(params)
     splits = load_splits(params, device)
-    run = new_run(params, device, num_images=len(splits[0][0]))
+    run = Run(params, device, num_images=len(splits[0][0]))
     threads = f"{torch.get_num_threads()} threads{', synthetic digits' if params.synthetic else ''}"
     print(f"Training on {device} in {pick_precision(params, device)}, {threads}", flush=True)
     if resume:
@@ -492,7 +467,7 @@ def train_model(
 
 
 # ---- Checkpoints --------------------------------------------------------------------------------
-def writable(checkpoint_path: str | os.PathLike[str]) -> Path:
+def writable(checkpoint_path: StrPath) -> Path:
     """The path, resolved; OSError, before minutes are spent, if nothing can be saved there."""
     path = Path(checkpoint_path).resolve()
     for suffix in ("", ".tmp", ".resume", ".resume.tmp"):
@@ -536,11 +511,11 @@ def load(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a dict of tensors that torch.load can read") from error
 
 
-def load_checkpoint(path: str | os.PathLike[str], params: HyperParameters) -> TinyCNN:
+def load_checkpoint(path: StrPath, params: HyperParameters) -> TinyCNN:
     """A TinyCNN with the weights of a state_dict file, in eval mode on the device of params.
 
-    The state_dict may be that of a DataParallel model, or wrapped: {"model_state_dict": ...}.
-    OSError: it cannot be read. ValueError: it is damaged, or not a TinyCNN's.
+    It may be a DataParallel model's, or wrapped: {"model_state_dict": ...}. OSError, ValueError: it
+    cannot be read; it is damaged, or not a TinyCNN's.
     """
     content = load(Path(path))
     content = content.get("model_state_dict", content)
@@ -559,20 +534,15 @@ def load_checkpoint(path: str | os.PathLike[str], params: HyperParameters) -> Ti
 
 def identity(params: HyperParameters) -> dict[str, Any]:
     """What a run's weights depend on, beside the machine."""
-    everything = asdict(params) | {"torch": str(torch.__version__)}
-    return {key: everything[key] for key in everything if key not in ("data_dir", "device")}
+    return asdict(replace(params, data_dir="", device="")) | {"torch": str(torch.__version__)}
 
 
 def save_run(run: Run, path: Path, params: HyperParameters) -> None:
-    state = {
-        "run": identity(params),
-        "model": run.model.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
-        "schedule": run.schedule.state_dict(),
-        "history": [tuple(metrics) for metrics in run.history],
-        "best": run.best,
+    state: dict[str, Any] = {
+        part: getattr(run, part).state_dict() for part in ("model", "optimizer", "schedule")
     }
-    save(state, path)
+    history = [tuple(metrics) for metrics in run.history]
+    save(state | {"run": identity(params), "history": history, "best": run.best}, path)
 
 
 def load_run(run: Run, path: Path, params: HyperParameters) -> None:
@@ -580,12 +550,16 @@ def load_run(run: Run, path: Path, params: HyperParameters) -> None:
     state = load(path)
     try:
         was, now = state["run"].items(), identity(params).items()
+        difference = f"it had {dict(was - now)}, not {dict(now - was)}"
         if was == now:
+            run.model.load_state_dict(state["best"])  # or one would only see at the end
             for part in ("model", "optimizer", "schedule"):
                 getattr(run, part).load_state_dict(state[part])
             run.history = [EpochMetrics(*metrics) for metrics in state["history"]]
             run.best = state["best"]
-        difference = f"it had {dict(was - now)}, not {dict(now - was)}"
+            done, steps = run.schedule.last_epoch, run.schedule.total_steps
+            if done * params.num_epochs != len(run.history) * steps:
+                raise ValueError("epochs are missing")
     except Exception as error:  # whatever is missing
         raise ValueError(f"{path} is not an interrupted run") from error
     if was != now:
@@ -593,9 +567,7 @@ def load_run(run: Run, path: Path, params: HyperParameters) -> None:
 
 
 # ---- Using it -----------------------------------------------------------------------------------
-def load_and_evaluate_model(
-    model_path: str | os.PathLike[str], params: HyperParameters
-) -> tuple[TinyCNN, float]:
+def load_and_evaluate_model(model_path: StrPath, params: HyperParameters) -> tuple[TinyCNN, float]:
     """Load a checkpoint and print its accuracy on the 10,000 test images.
 
     Returns the model, in eval mode on the device of params, and the accuracy in percent. OSError,
@@ -627,7 +599,6 @@ def plot_history(history: list[EpochMetrics]) -> "plots.Figure":
 
 # ---- Command line -------------------------------------------------------------------------------
 def add_flags(parser: ArgumentParser) -> None:
-    """For each field of HyperParameters."""
     defaults = HyperParameters()
     for f in fields(defaults):
         kind: Any = {"action": "store_true"} if f.type is bool else {"type": f.type}
@@ -663,15 +634,18 @@ def train(params: HyperParameters, checkpoint: Path, resume: bool) -> None:
 
 def predict(params: HyperParameters, checkpoint: Path, files: list[str], as_json: bool) -> int:
     """Print a line a file; 2 if one of them could not be classified, else 0."""
+    from digits import read_digit
+
     model = load_checkpoint(checkpoint, params)
     status = 0
     for name in files:
         try:
-            _, (probabilities,) = predict_digits(model, [name])
+            image = read_digit(getattr(sys.stdin, "buffer", None) if name == "-" else name, name)
         except (OSError, ValueError) as error:
             print(f"error: {error}", file=sys.stderr)
             status = 2
             continue
+        (probabilities,) = infer(model, image).softmax(1).cpu()
         (best, second), (digit, other) = (top.tolist() for top in probabilities.topk(2))
         line = f"{name}: {digit} ({100 * best:.1f}%), or {other} ({100 * second:.1f}%)"
         result = {"file": name, "digit": digit, "probabilities": probabilities.tolist()}
@@ -687,22 +661,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="carry on an interrupted run")
     parser.add_argument("--json", action="store_true", help="predict: a JSON object a line")
     add_flags(parser)
-    arguments = parser.parse_intermixed_args(argv)
+    arguments = vars(parser.parse_intermixed_args(argv))
     try:
-        flags = vars(arguments)
-        params = HyperParameters(**{f.name: flags[f.name] for f in fields(HyperParameters)})
+        params = HyperParameters(**{f.name: arguments[f.name] for f in fields(HyperParameters)})
         join_processes(params)
-        if arguments.command:  # for which one process is enough
+        if arguments["command"]:  # for which one process is enough
             leave_processes()
-        match arguments.command:
+        match arguments["command"]:
             case []:
-                train(params, arguments.checkpoint, arguments.resume)
+                train(params, arguments["checkpoint"], arguments["resume"])
             case ["evaluate", *paths] if len(paths) < 2:
-                checkpoint = Path(*paths or [arguments.checkpoint])
+                checkpoint = Path(*paths or [arguments["checkpoint"]])
                 model, _ = load_and_evaluate_model(checkpoint, params)
                 report_mistakes(model, checkpoint, params)
             case ["predict", *files] if files:
-                return predict(params, arguments.checkpoint, files, arguments.json)
+                return predict(params, arguments["checkpoint"], files, arguments["json"])
             case _:
                 parser.error("nothing, evaluate [CHECKPOINT] or predict FILE... is expected")
     except (OSError, ValueError, FloatingPointError) as error:
@@ -719,6 +692,9 @@ def stop_on_signal(number: int, _: object) -> None:
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop_on_signal)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, stop_on_signal)
     sys.exit(main())
