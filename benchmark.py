@@ -1,7 +1,6 @@
 """Measurements that take too long for a test.
 
 python benchmark.py seeds --n 10                   accuracy over ten seeds: mean ± sd
-python benchmark.py seeds --n 5 --num-epochs 10    with other hyperparameters than the defaults
 python benchmark.py seeds --loop straightforward   of the loop that most MNIST scripts have
 python benchmark.py speed                          images a second and megabytes of both loops
 python benchmark.py torture                        runs that are killed, files that are damaged
@@ -17,23 +16,21 @@ import random
 import signal
 import subprocess
 import sys
-import time
-import timeit
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from statistics import mean, median, stdev
 from tempfile import TemporaryDirectory
+from timeit import default_timer, repeat
 from typing import Any
 
 if __name__ == "__mp_main__":  # a worker: Ctrl-C is for the process that started it
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 import torch
-import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 import mnist_cnn
@@ -48,12 +45,11 @@ spawn = multiprocessing.get_context("spawn")  # a forked process could not use C
 
 def straightforward(params: HyperParameters, splits: list[Split]) -> Iterator[EpochMetrics]:
     """Train as most MNIST scripts do: augmenting nothing, in float32, at one learning rate."""
-    from torchvision.datasets import MNIST
-    from torchvision.transforms import Compose, Normalize, ToTensor
+    from torchvision import datasets, transforms
 
     (images, labels), validation_set, test_set = splits
-    transform = Compose([ToTensor(), Normalize((0.1307,), (0.3081,))])
-    dataset = MNIST(params.data_dir, train=True, transform=transform, download=True)
+    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(0.1307, 0.3081)])
+    dataset = datasets.MNIST(params.data_dir, train=True, transform=transform, download=True)
     dataset.data, dataset.targets = images[:, 0].cpu(), labels.cpu()
     loader: DataLoader[Any] = DataLoader(dataset, params.batch_size, shuffle=True)
     device = mnist_cnn.pick_device(params)
@@ -67,7 +63,7 @@ def straightforward(params: HyperParameters, splits: list[Split]) -> Iterator[Ep
             images, labels = images.to(device), labels.to(device)
             optimizer.zero_grad()
             logits = model(images)
-            loss = F.cross_entropy(logits, labels)
+            loss = torch.nn.functional.cross_entropy(logits, labels)
             loss.backward()
             optimizer.step()
             loss_sum += loss.item()
@@ -80,7 +76,6 @@ def straightforward(params: HyperParameters, splits: list[Split]) -> Iterator[Ep
         yield EpochMetrics(epoch, *trained, *validated, test_accuracy, params.learning_rate)
 
 
-# ---- Accuracy over seeds ------------------------------------------------------------------------
 def recorded(params: HyperParameters, loop: str) -> dict[str, Any]:
     """What tells one run from another."""
     module = hashlib.sha256(Path(mnist_cnn.__file__).read_bytes()).hexdigest()
@@ -90,15 +85,14 @@ def recorded(params: HyperParameters, loop: str) -> dict[str, Any]:
 def train_seed(params: HyperParameters, loop: str) -> dict[str, Any]:
     """Train without a word, and return a line for the results file."""
     torch.set_num_threads(1)  # this network's operators are too small to share
-    start = time.perf_counter()
+    start = default_timer()
     with TemporaryDirectory() as folder, redirect_stdout(StringIO()) as out, redirect_stderr(out):
         if loop == "module":
             _, history = mnist_cnn.train_model(params, Path(folder, "model.pth"))
         else:
             splits = mnist_cnn.load_splits(params, mnist_cnn.pick_device(params))
             history = list(straightforward(params, splits))
-    seconds = time.perf_counter() - start
-    return {"run": recorded(params, loop), "seconds": seconds, "history": history}
+    return {"run": recorded(params, loop), "seconds": default_timer() - start, "history": history}
 
 
 def read_results(path: Path) -> dict[str, dict[str, Any]]:
@@ -108,10 +102,8 @@ def read_results(path: Path) -> dict[str, dict[str, Any]]:
             result = json.loads(line)
             result["history"] = [EpochMetrics(*epoch) for epoch in result["history"]]
             results[str(result["run"])] = result
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path}, line {n}: not a result of this program: delete it"
-            ) from error
+        except (KeyError, TypeError, ValueError) as e:
+            raise ValueError(f"{path}, line {n}: not a result of this program: delete it") from e
     return results
 
 
@@ -123,12 +115,10 @@ def train_seeds(runs: list[HyperParameters], path: Path, loop: str) -> Iterator[
     missing = [run for run, key in zip(runs, keys, strict=True) if key not in known]
     cores = torch.get_num_threads() if mnist_cnn.pick_device(runs[0]).type == "cpu" else 1
     if missing:
-        with path.open("a+") as file, spawn.Pool(min(cores, len(missing))) as pool:
-            file.seek(0)
-            if file.read()[-1:] not in ("", "\n"):
+        with path.open("a") as file, spawn.Pool(min(cores, len(missing))) as pool:
+            if path.read_text()[-1:] not in ("", "\n"):
                 file.write("\n")
-            train = functools.partial(train_seed, loop=loop)
-            for result in pool.imap_unordered(train, missing):
+            for result in pool.imap_unordered(functools.partial(train_seed, loop=loop), missing):
                 print(json.dumps(result), file=file, flush=True)
                 yield result
 
@@ -141,8 +131,8 @@ def seeds(params: HyperParameters, n: int, path: Path, loop: str) -> None:
     scores = []
     for result in train_seeds(runs, path, loop):
         history, seed = result["history"], result["run"]["random_seed"]
-        kept, minutes = mnist_cnn.kept_epoch(history), result["seconds"] / 60
-        print(f"seed {seed}, {minutes:.1f} min, epoch {kept.epoch}: {kept}", flush=True)
+        kept, duration = mnist_cnn.kept_epoch(history), result["seconds"]
+        print(f"seed {seed}, {duration:.0f} s, kept epoch {kept.epoch}: {kept}", flush=True)
         tested = [epoch.test_accuracy for epoch in history]
         scores.append([kept.validation_accuracy, kept.test_accuracy, tested[-1], *tested])
     validation, test, last, *by_epoch = zip(*scores, strict=True)
@@ -153,19 +143,17 @@ def seeds(params: HyperParameters, n: int, path: Path, loop: str) -> None:
     print("test, mean by epoch:", *(f"{mean(column):.2f}" for column in by_epoch))
 
 
-# ---- Speed --------------------------------------------------------------------------------------
 def seconds(action: Callable[[], object], rounds: int = ROUNDS) -> float:
     """Their median, after a warm-up."""
-    return median(timeit.repeat(action, "import gc; gc.enable()", repeat=rounds + 1, number=1)[1:])
+    return median(repeat(action, "import gc; gc.enable()", repeat=rounds + 1, number=1)[1:])
 
 
 def measure(params: HyperParameters, loop: str) -> tuple[float, float]:
     """Images a second of training, and the most that this process has had resident, in MB."""
-    import resource  # not on Windows
+    from resource import RUSAGE_SELF, getrusage  # not on Windows
 
     params, device = replace(params, num_epochs=2), mnist_cnn.pick_device(params)
-    split = mnist_cnn.load_images(params, train=True)
-    images, labels = (part[:12_800].to(device, copy=True) for part in split)
+    images, labels = (part[:12_800].to(device) for part in mnist_cnn.load_images(params, True))
     epochs: Iterator[object]  # both end by reading numbers: a GPU has finished then, too
     if loop == "module":
         run = mnist_cnn.Run(params, device, len(images))
@@ -175,19 +163,15 @@ def measure(params: HyperParameters, loop: str) -> tuple[float, float]:
         epochs = straightforward(params, [(images, labels), nothing, nothing])
     with redirect_stderr(StringIO()):  # no progress bar
         rate = len(images) / seconds(epochs.__next__, rounds=1)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return rate, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+    megabyte = 1e6 if sys.platform == "darwin" else 1e6 / 1024
+    return rate, getrusage(RUSAGE_SELF).ru_maxrss / megabyte
 
 
 def speed(params: HyperParameters) -> None:
     """Print what training costs with both loops, and what else takes time."""
     mnist_cnn.join_processes(params)
-    device, threads, size = (
-        mnist_cnn.pick_device(params),
-        torch.get_num_threads(),
-        params.batch_size,
-    )
-    print(f"{device}, {threads} threads, torch {torch.__version__}, batch size {size}")
+    device, threads = mnist_cnn.pick_device(params), torch.get_num_threads()
+    print(f"{device}, {threads} threads, torch {torch.__version__}, batch size {params.batch_size}")
     if torch.distributed.is_torchelastic_launched():
         rate = median(measure(params, "module")[0] for _ in range(ROUNDS))
         print(f"{mnist_cnn.world_size()} processes together: {rate:,.0f} images/s")
@@ -204,27 +188,24 @@ def speed(params: HyperParameters) -> None:
     print(f"ratio: {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
     model = mnist_cnn.load_checkpoint(CHECKPOINT, params)
     images, labels = mnist_cnn.load_images(params, train=False)
-    evaluating = seconds(lambda: mnist_cnn.evaluate_model(model, images, labels))
-    print(f"evaluate_model: {len(images) / evaluating:,.0f} images/s")
+    rate = len(images) / seconds(lambda: mnist_cnn.evaluate_model(model, images, labels))
     with redirect_stdout(StringIO()):
         loading = seconds(lambda: mnist_cnn.load_and_evaluate_model(CHECKPOINT, params))
-    print(f"load_and_evaluate_model: {loading:.2f} s")
+    print(f"evaluate_model: {rate:,.0f} images/s; load_and_evaluate_model: {loading:.2f} s")
     for module in ("mnist_cnn", "torch"):
         command = [sys.executable, "-c", f"import {module}"]
         importing = functools.partial(subprocess.run, command, cwd=CHECKPOINT.parent, check=True)
         print(f"import {module}: {seconds(importing):.2f} s")
 
 
-# ---- Torture ------------------------------------------------------------------------------------
 def train_on_few(path: Path, validation_size: int) -> None:
     """Start, or resume, a run of ten short epochs in which to be killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    images = torch.randint(256, (640, 1, 28, 28), dtype=torch.uint8)
-    few = images, torch.randint(10, (640,))
-    validation_set = few[0][:validation_size], few[1][:validation_size]
-    mnist_cnn.load_splits = lambda *_: [few, validation_set, few]
+    images, labels = torch.randint(256, (640, 1, 28, 28)).byte(), torch.randint(10, (640,))
+    validation_set = images[:validation_size], labels[:validation_size]
+    mnist_cnn.load_splits = lambda *_: [(images, labels), validation_set, (images, labels)]
     params = HyperParameters(num_epochs=10, validation_size=validation_size, device="cpu")
     with redirect_stdout(StringIO()):
         mnist_cnn.train_model(params, path, resume=path.with_name(f"{path.name}.resume").exists())
@@ -232,7 +213,7 @@ def train_on_few(path: Path, validation_size: int) -> None:
 
 def run_for(limit: float | None, path: Path, validation_size: int) -> float:
     """The seconds until train_on_few ended, or was killed at the limit."""
-    start = time.perf_counter()
+    start = default_timer()
     fork = multiprocessing.get_context("fork")  # all is imported: the run starts at once
     run = fork.Process(target=train_on_few, args=(path, validation_size))
     run.start()
@@ -243,7 +224,7 @@ def run_for(limit: float | None, path: Path, validation_size: int) -> float:
         run.join()
     if run.exitcode not in (0, -signal.SIGKILL):
         raise RuntimeError("a run failed: its error is above")
-    return time.perf_counter() - start
+    return default_timer() - start
 
 
 def kill_runs(validation_size: int) -> None:
@@ -255,8 +236,7 @@ def kill_runs(validation_size: int) -> None:
         expected = mnist_cnn.load(path)
         path.unlink()
         while kills < KILLS // 2 or run_path.exists():
-            limit = random.uniform(0, duration) if kills < KILLS // 2 else None
-            run_for(limit, path, validation_size)
+            run_for(random.uniform(0, duration), path, validation_size)
             if path.exists():  # only a run that came to its end makes it
                 torch.testing.assert_close(mnist_cnn.load(path), expected, rtol=0, atol=0)
                 path.unlink()
@@ -287,10 +267,8 @@ def damage_files() -> None:
     print(f"{refused:,} of {DAMAGED_FILES:,} damaged files refused; the others: the right weights")
 
 
-# ---- Command line -------------------------------------------------------------------------------
 def main() -> int:
-    about = "Measurements that take too long for a test."
-    parser = ArgumentParser(description=about, formatter_class=ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("measurement", choices=["seeds", "speed", "torture"])
     parser.add_argument("--n", type=int, default=10, help="number of seeds")
     parser.add_argument("--loop", choices=["module", "straightforward"], default="module")

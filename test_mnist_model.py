@@ -4,6 +4,7 @@ Tests that need MNIST are skipped where it cannot be had; in CI they fail instea
 """
 
 import gzip
+import io
 import math
 import multiprocessing
 import os
@@ -30,8 +31,7 @@ from mnist_cnn import EpochMetrics, HyperParameters, TinyCNN
 
 MODULE = Path(mnist_cnn.__file__)
 CHECKPOINT = MODULE.with_name("best_mnist_model.pth")
-Patch = pytest.MonkeyPatch
-Capture = pytest.CaptureFixture[str]
+PIPES: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
 # Input and output channels of each 3x3 convolution, channels of each BatchNorm.
 CONVOLUTIONS = {"conv1.0": (1, 4), "conv1.2": (4, 8), "conv2.0": (8, 12), "conv2.3": (12, 16)}
@@ -53,28 +53,17 @@ params = pytest.fixture(mnist, scope="session", name="params")
 
 
 @pytest.fixture
-def small_mnist(params: HyperParameters, monkeypatch: Patch) -> HyperParameters:
+def small_mnist(params, monkeypatch):
     """One epoch on 1,000 training images, with 1,000 more for validation and 500 for the test."""
     use_few_images(params, monkeypatch, 2_000)
     return replace(params, num_epochs=1, validation_size=1_000)
 
 
-def use_few_images(params: HyperParameters, monkeypatch: Patch, num_training: int) -> None:
+def use_few_images(params, monkeypatch, num_training):
     sets = {train: mnist_cnn.load_images(params, train) for train in (True, False)}
     sizes = {True: num_training, False: 500}
     few = {train: tuple(part[: sizes[train]] for part in sets[train]) for train in sets}
     monkeypatch.setattr(mnist_cnn, "load_images", lambda _, train: few[train])
-
-
-def run_script(cwd: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, MODULE, *arguments],
-        cwd=cwd,
-        env=os.environ | {"MNIST_DATA_DIR": mnist().data_dir} | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 def assert_equal(weights: object, expected: object) -> None:
@@ -87,27 +76,27 @@ def layers(kind: type[nn.Module]) -> list[nn.Module]:
     return [layer for layer in TinyCNN().modules() if isinstance(layer, kind)]
 
 
-def test_parameter_count_is_19354_and_below_20000() -> None:
+def test_parameter_count_is_19354_and_below_20000():
     count = sum(parameter.numel() for parameter in TinyCNN().parameters())
     assert count < 20_000
     assert count == 19_354
 
 
-def test_uses_batch_normalization() -> None:
+def test_uses_batch_normalization():
     assert [layer.num_features for layer in layers(nn.BatchNorm2d)] == list(BATCH_NORMS.values())
 
 
-def test_uses_dropout() -> None:
+def test_uses_dropout():
     assert [layer.p for layer in layers(nn.Dropout2d) + layers(nn.Dropout)] == [0.25] * 3
     assert {layer.p for layer in TinyCNN(0.1).modules() if hasattr(layer, "p")} == {0.1}
 
 
-def test_ends_in_a_fully_connected_layer() -> None:
+def test_ends_in_a_fully_connected_layer():
     (linear,) = layers(nn.Linear)
     assert (linear.in_features, linear.out_features) == (784, 10)
 
 
-def test_state_dict_has_the_published_keys_and_shapes() -> None:
+def test_state_dict_has_the_published_keys_and_shapes():
     shapes = {name: (outputs, inputs, 3, 3) for name, (inputs, outputs) in CONVOLUTIONS.items()}
     shapes |= {"conv4.4": (16, 16, 1, 1), "fc.1": (10, 784)}
     expected = {f"{name}.weight": shape for name, shape in shapes.items()}
@@ -119,19 +108,13 @@ def test_state_dict_has_the_published_keys_and_shapes() -> None:
     assert {key: tuple(t.shape) for key, t in TinyCNN().state_dict().items()} == expected
 
 
-def test_torchsummary_table(capsys: Capture) -> None:
+def test_torchsummary_table(capsys):
     from torchsummary import summary
 
     summary(TinyCNN(), (1, 28, 28), device="cpu")
-    table = capsys.readouterr().out
-    rows = re.findall(r"^ +(\w+-\d+) +(\[.*\]) +([\d,]+)$", table, re.MULTILINE)
-    assert rows[0] == ("Conv2d-1", "[-1, 4, 28, 28]", "40")
-    assert rows[-1] == ("Linear-27", "[-1, 10]", "7,850")
-    parameters = " ".join(row[2].replace(",", "") for row in rows)
-    assert parameters == (
-        "40 0 296 0 876 24 0 1744 32 0 0 2900 40 0 0 2896 32 0 0 2320 32 0 0 272 0 0 7850"
-    )
-    assert "Trainable params: 19,354" in table
+    rows = re.findall(r"^ +(\w+-\d+) +(\[.*\]) +[\d,]+$", capsys.readouterr().out, re.MULTILINE)
+    assert len(rows) == 27
+    assert (rows[0], rows[-1]) == (("Conv2d-1", "[-1, 4, 28, 28]"), ("Linear-27", "[-1, 10]"))
 
 
 def reference_forward(weights: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -158,17 +141,14 @@ def reference_forward(weights: dict[str, Tensor], x: Tensor) -> Tensor:
 
 
 # ---- The shipped checkpoint ---------------------------------------------------------------------
-def test_shipped_checkpoint_is_more_than_99_4_percent_accurate(
-    params: HyperParameters, tmp_path: Path, monkeypatch: Patch, capsys: Capture
-) -> None:
-    monkeypatch.chdir(tmp_path)  # from any working directory
+def test_shipped_checkpoint_is_more_than_99_4_percent_accurate(params, capsys):
     model, accuracy = mnist_cnn.load_and_evaluate_model(CHECKPOINT, params)
     assert 99.4 < accuracy <= 100
     assert not model.training
     assert capsys.readouterr().out == f"Current test accuracy: {accuracy:.2f}%\n"
 
 
-def test_shipped_checkpoint_is_a_plain_state_dict_and_computes_what_it_means() -> None:
+def test_shipped_checkpoint_is_a_plain_state_dict_and_computes_what_it_means():
     weights = torch.load(CHECKPOINT, weights_only=True)  # no map_location: saved from the CPU
     for name, tensor in weights.items():
         assert tensor.device.type == "cpu"
@@ -179,14 +159,14 @@ def test_shipped_checkpoint_is_a_plain_state_dict_and_computes_what_it_means() -
 
 
 # ---- Configuration ------------------------------------------------------------------------------
-def test_defaults_are_those_of_the_reference() -> None:
+def test_defaults_are_those_of_the_reference():
     params = HyperParameters()
     assert params.num_epochs <= 20
     reference = (20, 64, 0.0009, 0.25, 42)
     assert tuple(getattr(params, f.name) for f in fields(params))[:5] == reference
 
 
-def test_numpy_numbers_and_paths_are_taken_for_what_they_are() -> None:
+def test_numpy_numbers_and_paths_are_taken_for_what_they_are():
     given = {"num_epochs": np.int64(5), "learning_rate": np.float64(0.5), "max_shift": 1}
     params = HyperParameters(**given, data_dir=Path("there"))
     assert params == HyperParameters(5, learning_rate=0.5, max_shift=1.0, data_dir="there")
@@ -211,125 +191,79 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in WRONG.items() for v in values])
-def test_a_wrong_value_is_named_with_its_rule(name: str, value: object) -> None:
+def test_a_wrong_value_is_named_with_its_rule(name, value):
     with pytest.raises(ValueError, match=rf"^{name} is {re.escape(repr(value))}; it must be "):
         HyperParameters(**{name: value})
 
 
 # ---- Data ---------------------------------------------------------------------------------------
-def test_normalized_training_images_have_mean_0_and_sd_1(params: HyperParameters) -> None:
+def test_normalized_training_images_have_mean_0_and_sd_1(params):
     images, labels = mnist_cnn.load_images(params, train=True)
     assert (images.shape, images.dtype) == ((60_000, 1, 28, 28), torch.uint8)
-    # The class sizes that MNIST is known to have.
     sizes = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
-    assert labels.bincount().tolist() == sizes
+    assert labels.bincount().tolist() == sizes  # known of MNIST
     normalized = mnist_cnn.normalize(images)
     assert normalized.mean().item() == pytest.approx(0, abs=2e-4)
     assert normalized.std().item() == pytest.approx(1, abs=2e-4)
 
 
-def test_validation_split_is_apart_from_training_and_from_the_seed(params: HyperParameters) -> None:
+def test_validation_split_is_apart_from_training_and_from_the_seed(params):
     cpu = torch.device("cpu")
     (images, _), (held_out, labels), _ = mnist_cnn.load_splits(params, cpu)
     assert (len(images), len(held_out)) == (55_000, 5_000)
     _, (_, other_labels), _ = mnist_cnn.load_splits(replace(params, random_seed=1), cpu)
     assert torch.equal(labels, other_labels)
-    # Together the two are MNIST: every image once.
-    both = sorted(image.numpy().tobytes() for image in torch.cat([images, held_out]))
     whole = mnist_cnn.load_images(params, train=True)[0]
-    assert both == sorted(image.numpy().tobytes() for image in whole)
+    assert images.long().sum() + held_out.long().sum() == whole.long().sum()
 
 
-def blob_measures(images: Tensor) -> Tensor:
-    """(4, N): x and y of the centre in pixels, angle in degrees, and size, from the moments."""
-    weight = images[:, 0].double()
-    weight = weight / weight.sum(dim=(1, 2), keepdim=True)
-    y, x = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
-    cx, cy = (weight * x).sum((1, 2)), (weight * y).sum((1, 2))
-    dx, dy = x - cx.view(-1, 1, 1), y - cy.view(-1, 1, 1)
-    xx, yy, xy = ((weight * product).sum((1, 2)) for product in (dx * dx, dy * dy, dx * dy))
-    angle = torch.rad2deg(torch.atan2(2 * xy, xx - yy) / 2)
-    return torch.stack([cx, cy, angle, (xx + yy).sqrt()])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_augment_at_its_bounds_is_torchvisions_affine(params, monkeypatch, sign):
+    from torchvision.transforms.functional import InterpolationMode, affine
+
+    images = mnist_cnn.load_images(params, train=False)[0][:50].float()
+    monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.full(size, (sign + 1) / 2))
+    still = HyperParameters(max_rotation=0.0, max_shift=0.0, max_scaling=0.0)
+    for field, expected in (
+        ("max_rotation", {"angle": -10.0 * sign}),
+        ("max_shift", {"translate": [-2 * sign] * 2}),
+        ("max_scaling", {"scale": 1 + 0.1 * sign}),
+    ):
+        warped = mnist_cnn.augment(images, replace(still, **{field: getattr(params, field)}))
+        motion = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]} | expected
+        expected = affine(images, interpolation=InterpolationMode.BILINEAR, **motion)
+        torch.testing.assert_close(warped, expected, rtol=0, atol=0.01)
 
 
-@pytest.mark.parametrize(
-    ("field", "strength", "changed"),
-    [("max_shift", 2.0, [0, 1]), ("max_rotation", 10.0, [2]), ("max_scaling", 0.1, [3])],
-)
-def test_augment_changes_each_image_within_its_bounds(
-    field: str, strength: float, changed: list[int]
-) -> None:
-    torch.manual_seed(0)
-    y, x = torch.meshgrid(torch.arange(28) - 13.5, torch.arange(28) - 13.5, indexing="ij")
-    blob = (255 * torch.exp(-((x / 4) ** 2) / 2 - (y / 2) ** 2 / 2)).expand(2_000, 1, 28, 28)
-    still = HyperParameters(max_shift=0.0, max_rotation=0.0, max_scaling=0.0)
-    torch.testing.assert_close(mnist_cnn.augment(blob, still), blob)
-
-    before = blob_measures(blob)
-    after = blob_measures(mnist_cnn.augment(blob, replace(still, **{field: strength})))
-    change = after - before
-    change[3] = after[3] / before[3] - 1
-    for measure, values in enumerate(change):
-        bound = strength if measure in changed else 0.0
-        # 2,000 uniform draws come within 1 % of both ends, and blurring adds a little.
-        assert values.max() == pytest.approx(bound, rel=0.05, abs=0.02)
-        assert values.min() == pytest.approx(-bound, rel=0.05, abs=0.02)
-        assert values.std() == pytest.approx(bound / math.sqrt(3), rel=0.05, abs=0.02)
-
-
-def copy_of_mnist(data_dir: str, folder: Path) -> Path:
-    """A data_dir in folder whose test images can be changed, and its MNIST/raw."""
-    raw = folder / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for name in mnist_cnn.MNIST_FILES:
-        (raw / name).symlink_to(Path(data_dir, "MNIST", "raw", name).resolve())
-    images = raw / "t10k-images-idx3-ubyte"
-    content = images.read_bytes()
-    images.unlink()
-    images.write_bytes(content)
-    return raw
+def copy_of_mnist(params, folder):
+    """Its MNIST/raw, with nothing but the extracted files."""
+    raw, archives = Path(params.data_dir, "MNIST/raw"), shutil.ignore_patterns("*.gz")
+    return shutil.copytree(raw, folder / "MNIST/raw", ignore=archives)
 
 
 def altered(content: bytes, position: int = 5_000) -> bytes:
     return content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :]
 
 
-@pytest.mark.parametrize("suffix", ["", ".gz"])
-@pytest.mark.parametrize("damage", [altered, lambda data: data[:-100], lambda _: b""])
-def test_damaged_data_is_named_with_the_remedy(
-    damage: Callable[[bytes], bytes],
-    suffix: str,
-    params: HyperParameters,
-    tmp_path: Path,
-    capsys: Capture,
-) -> None:
-    images = copy_of_mnist(params.data_dir, tmp_path) / "t10k-images-idx3-ubyte"
+def test_damaged_data_is_named_with_the_remedy(params, tmp_path, monkeypatch, capsys):
+    images = copy_of_mnist(params, tmp_path) / "t10k-images-idx3-ubyte"
     content = images.read_bytes()
-    images.unlink()
-    images = images.with_name(images.name + suffix)
-    images.write_bytes(damage(gzip.compress(content, 1) if suffix else content))
-    checkpoint = tmp_path / "model.pth"
-    flags = ["--data-dir", str(tmp_path), "--checkpoint", str(checkpoint)]
-    assert mnist_cnn.main(flags) == 2
-    assert re.fullmatch(f"error: {images} is damaged: delete it.*\n", capsys.readouterr().err)
-    assert not checkpoint.exists()
+    archive, packed = images.with_name(f"{images.name}.gz"), gzip.compress(content, 1)
+    flags = ["--data-dir", str(tmp_path), "--checkpoint", str(tmp_path / "model.pth")]
+    for path, whole in ((images, content), (archive, packed)):
+        for damaged in (altered(whole), whole[:-100], b""):
+            path.write_bytes(damaged)
+            assert mnist_cnn.main(flags) == 2
+            assert re.fullmatch(f"error: {path} is damaged: delete it.*\n", capsys.readouterr().err)
+        images.unlink(missing_ok=True)
+    archive.write_bytes(packed)  # which will do, also below the home folder
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    monkeypatch.setenv("MNIST_DATA_DIR", f"~/{tmp_path.name}")
+    read = mnist_cnn.load_images(HyperParameters(), train=False)
+    assert_equal(read, mnist_cnn.load_images(params, train=False))
 
 
-def test_an_archive_will_do_and_a_tilde_is_the_home_folder(
-    params: HyperParameters, tmp_path: Path, monkeypatch: Patch
-) -> None:
-    images = copy_of_mnist(params.data_dir, tmp_path / "here") / "t10k-images-idx3-ubyte"
-    images.with_name(f"{images.name}.gz").write_bytes(gzip.compress(images.read_bytes(), 1))
-    images.unlink()
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("MNIST_DATA_DIR", "~/here")
-    from_archive = mnist_cnn.load_images(HyperParameters(), train=False)
-    assert_equal(from_archive, mnist_cnn.load_images(params, train=False))
-
-
-def test_missing_data_without_a_network(
-    tmp_path: Path, monkeypatch: Patch, capsys: Capture
-) -> None:
+def test_missing_data_without_a_network(tmp_path, monkeypatch, capsys):
     from torchvision.datasets import MNIST
 
     monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])  # where nobody answers
@@ -341,7 +275,7 @@ def test_missing_data_without_a_network(
 
 
 # ---- Training -----------------------------------------------------------------------------------
-def test_evaluate_model_counts_and_averages() -> None:
+def test_evaluate_model_counts_and_averages():
     class Indifferent(nn.Module):
         """Equal logits: a loss of ln 10, and 0 as the first of the largest."""
 
@@ -360,20 +294,18 @@ def epoch_metrics(epoch: int, validation_loss: float, validation_accuracy: float
     return EpochMetrics(epoch, 0.1, 97.0, validation_loss, validation_accuracy, test, 0.001)
 
 
-def test_kept_epoch_is_the_best_on_validation_and_the_last_without_it() -> None:
+def test_kept_epoch_is_the_best_on_validation():
     validation = [(0.01, 99.1), (0.04, 99.2), (0.03, 99.2), (0.02, 99.0)]
     history = [epoch_metrics(i, *metrics) for i, metrics in enumerate(validation, start=1)]
     assert mnist_cnn.kept_epoch(history).epoch == 3
-    without = [epoch_metrics(i, float("nan"), float("nan")) for i in range(1, 5)]
-    assert mnist_cnn.kept_epoch(without).epoch == 4
 
 
-def test_learning_rate_rises_tenfold_then_falls_and_dropout_falls_to_0() -> None:
+def test_learning_rate_rises_tenfold_then_falls_and_dropout_falls_to_0():
     params = HyperParameters(num_epochs=5, batch_size=2, device="cpu")
-    run = mnist_cnn.Run(params, torch.device("cpu"), num_images=400)
+    run = mnist_cnn.Run(params, torch.device("cpu"), num_images=80)
     rates, dropout = [run.optimizer.param_groups[0]["lr"]], []
     run.optimizer.register_step_post_hook(lambda *_: rates.append(run.schedule.get_last_lr()[0]))
-    training_set = torch.zeros(400, 1, 28, 28, dtype=torch.uint8), torch.arange(400) % 10
+    training_set = torch.zeros(80, 1, 28, 28, dtype=torch.uint8), torch.arange(80) % 10
     for _ in range(5):
         mnist_cnn.train_epoch(run, training_set, params)
         run.history.append(epoch_metrics(0, 0.0, 0.0))
@@ -381,37 +313,13 @@ def test_learning_rate_rises_tenfold_then_falls_and_dropout_falls_to_0() -> None
     assert [rate for (rate,) in dropout] == pytest.approx([0.2, 0.15, 0.1, 0.05, 0])
     peak = rates.index(max(rates))
     assert (rates[0], rates[peak]) == (pytest.approx(0.0009), pytest.approx(0.009))
-    assert peak == pytest.approx(300, abs=1)
+    assert peak == pytest.approx(60, abs=1)
     assert rates[: peak + 1] == sorted(rates[: peak + 1])
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
     assert 0 < rates[-1] < 1e-6
 
 
-def test_same_seed_same_weights_to_the_bit(small_mnist: HyperParameters, tmp_path: Path) -> None:
-    def train(seed: int) -> dict[str, Tensor]:
-        torch.rand(seed + 1)  # whatever was drawn before
-        params = replace(small_mnist, random_seed=seed)
-        return mnist_cnn.train_model(params, tmp_path / "model.pth")[0].state_dict()
-
-    first = train(1)
-    assert_equal(train(1), first)
-    assert not torch.equal(train(2)["fc.1.weight"], first["fc.1.weight"])
-
-
-def test_without_validation_images_the_last_epoch_is_kept(
-    small_mnist: HyperParameters, tmp_path: Path, capsys: Capture
-) -> None:
-    params = replace(small_mnist, num_epochs=2, validation_size=0)
-    model, history = mnist_cnn.train_model(params, tmp_path / "model.pth")
-    output = capsys.readouterr().out
-    assert "Val Acc" not in output
-    assert "Loaded best model from epoch 2 with validation accuracy: none taken\n" in output
-    test_set = mnist_cnn.load_images(params, train=False)
-    assert mnist_cnn.evaluate_model(model, *test_set)[1] == history[-1].test_accuracy
-    mnist_cnn.plot_history(history).savefig(tmp_path / "curves.png")
-
-
-def test_mistakes_are_counted_and_shown_with_the_surest_first() -> None:
+def test_mistakes_are_counted_and_shown_with_the_surest_first():
     labels = torch.tensor([3, 3, 5, 7, 7])
     guesses = torch.tensor([5, 5, 5, 1, 7])
     logits = F.one_hot(guesses, 10) * torch.tensor([1.0, 3.0, 9.0, 2.0, 9.0]).view(-1, 1)
@@ -427,7 +335,7 @@ def test_mistakes_are_counted_and_shown_with_the_surest_first() -> None:
 
 
 # ---- Checkpoints --------------------------------------------------------------------------------
-def test_an_unusable_checkpoint_path_stops_before_training(tmp_path: Path) -> None:
+def test_an_unusable_checkpoint_path_stops_before_training(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "a.pth.tmp").mkdir()
     (tmp_path / "b.pth.resume").mkdir()
@@ -437,7 +345,7 @@ def test_an_unusable_checkpoint_path_stops_before_training(tmp_path: Path) -> No
     assert (tmp_path / "fifo").is_fifo()
 
 
-def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
     path = tmp_path / "bad.pth"
     whole = CHECKPOINT.read_bytes()
     contents = [whole[:size] for size in [*range(0, len(whole), 997), len(whole) - 1]]
@@ -453,9 +361,6 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
             mnist_cnn.load_and_evaluate_model(path, HyperParameters())
 
 
-Weights = dict[str, Any]
-
-
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
@@ -468,24 +373,18 @@ Weights = dict[str, Any]
         (lambda w: {"model_state_dict": 3}, "int"),
     ],
 )
-def test_weights_that_do_not_fit_are_named(
-    change: Callable[[Weights], Weights], complaint: str, tmp_path: Path
-) -> None:
+def test_weights_that_do_not_fit_are_named(change, complaint, tmp_path):
     path = tmp_path / "other.pth"
     torch.save(change(torch.load(CHECKPOINT)), path)
     with pytest.raises(ValueError, match=rf"^{path} does not hold .* TinyCNN: .*{complaint}.*$"):
         mnist_cnn.load_checkpoint(path, HyperParameters())
+    # But those of a parallel model fit, and wrapped ones.
+    parallel = {f"module.{name}": tensor for name, tensor in torch.load(CHECKPOINT).items()}
+    torch.save({"model_state_dict": parallel, "epoch": 3}, path)
+    assert mnist_cnn.load_checkpoint(path, HyperParameters())
 
 
-def test_a_wrapped_checkpoint_of_a_parallel_model_is_loaded(tmp_path: Path) -> None:
-    path = tmp_path / "parallel.pth"
-    weights = nn.DataParallel(TinyCNN()).state_dict()
-    torch.save({"model_state_dict": weights, "epoch": 3}, path)
-    loaded = mnist_cnn.load_checkpoint(path, HyperParameters()).cpu().state_dict()
-    assert_equal({f"module.{name}": tensor for name, tensor in loaded.items()}, dict(weights))
-
-
-def test_a_pickle_is_not_executed(tmp_path: Path) -> None:
+def test_a_pickle_is_not_executed(tmp_path):
     class Payload:
         def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
             return os.mkdir, (str(tmp_path / "executed"),)
@@ -496,7 +395,7 @@ def test_a_pickle_is_not_executed(tmp_path: Path) -> None:
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_failed_save_leaves_the_old_checkpoint_whole(tmp_path: Path, monkeypatch: Patch) -> None:
+def test_a_failed_save_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
     path = tmp_path / "model.pth"
     mnist_cnn.save(TinyCNN().state_dict(), path)
     before = path.read_bytes()
@@ -512,7 +411,7 @@ def test_a_failed_save_leaves_the_old_checkpoint_whole(tmp_path: Path, monkeypat
 
 
 # ---- Interrupted runs ---------------------------------------------------------------------------
-def crash_in_epoch_3(monkeypatch: Patch, params: HyperParameters, path: Path) -> None:
+def crash_in_epoch_3(monkeypatch, params, path):
     def train_or_crash(run: mnist_cnn.Run, *arguments: Any) -> tuple[float, float]:
         if len(run.history) == 2:
             raise RuntimeError("a bug")
@@ -526,14 +425,20 @@ def crash_in_epoch_3(monkeypatch: Patch, params: HyperParameters, path: Path) ->
 
 @pytest.mark.parametrize("kept", ["first", "last"])
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
-    kept: str, small_mnist: HyperParameters, tmp_path: Path, monkeypatch: Patch
-) -> None:
+    kept, small_mnist, tmp_path, monkeypatch, capsys
+):
     params = replace(small_mnist, num_epochs=3)
     if kept == "first":
         monkeypatch.setattr(mnist_cnn, "kept_epoch", lambda history: history[0])
     else:
         params = replace(params, validation_size=0)
     whole, history = mnist_cnn.train_model(params, tmp_path / "whole.pth")
+    if kept == "last":
+        output = capsys.readouterr().out
+        assert "Val Acc" not in output
+        assert output.endswith("from epoch 3 with validation accuracy: none taken\n")
+    mnist_cnn.plot_history(history).savefig(io.BytesIO())  # NaN too
+    torch.rand(5)  # whatever is drawn elsewhere
     path = tmp_path / "model.pth"
     path.write_text("of an earlier run")
     crash_in_epoch_3(monkeypatch, params, path)
@@ -552,9 +457,7 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
     assert {file.name for file in tmp_path.iterdir()} == {"whole.pth", "model.pth"}
 
 
-def test_something_else_cannot_be_resumed(
-    small_mnist: HyperParameters, tmp_path: Path, monkeypatch: Patch
-) -> None:
+def test_something_else_cannot_be_resumed(small_mnist, tmp_path, monkeypatch):
     params, path = replace(small_mnist, num_epochs=3), tmp_path / "model.pth"
     crash_in_epoch_3(monkeypatch, params, path)
     run_path = tmp_path / "model.pth.resume"
@@ -568,12 +471,11 @@ def test_something_else_cannot_be_resumed(
             mnist_cnn.train_model(params, path, resume=True)
 
 
-def test_a_diverging_run_stops_and_keeps_the_best(
-    small_mnist: HyperParameters, tmp_path: Path, monkeypatch: Patch, capsys: Capture
-) -> None:
+def test_a_diverging_run_stops_and_keeps_the_best(small_mnist, tmp_path, monkeypatch, capsys):
     path = tmp_path / "model.pth"
     with pytest.raises(FloatingPointError, match=r"diverged in epoch 1: .* lower learning_rate"):
         mnist_cnn.train_model(replace(small_mnist, learning_rate=1e20), path)
+    assert "Stopped after epoch 0. There is nothing to keep\n" in capsys.readouterr().out
     assert not path.exists()
 
     def diverge_in_epoch_2(run: mnist_cnn.Run, *arguments: Any) -> tuple[float, float]:
@@ -591,42 +493,32 @@ def test_a_diverging_run_stops_and_keeps_the_best(
     mnist_cnn.load_checkpoint(path, small_mnist)
 
 
-@pytest.mark.parametrize(
-    ("number", "line"),
-    [(signal.SIGTERM, "Training on"), (signal.SIGINT, "Epoch 1/20 "), (None, "Epoch 1/20 ")],
-)
-def test_what_stops_a_run_leaves_what_it_has(
-    number: signal.Signals | None, line: str, params: HyperParameters, tmp_path: Path
-) -> None:
-    """A signal, or a reader of standard output that goes away."""
+def test_a_reader_that_goes_away_stops_the_run(small_mnist, tmp_path, monkeypatch):
+    def print_to_reader(line: str, **_: Any) -> None:
+        if line.startswith("Epoch"):
+            raise BrokenPipeError
+
+    path = tmp_path / "model.pth"
+    monkeypatch.setattr(mnist_cnn, "print", print_to_reader, raising=False)
+    with pytest.raises(BrokenPipeError):
+        mnist_cnn.train_model(small_mnist, path)
+    mnist_cnn.load_checkpoint(path, small_mnist)
+    assert (tmp_path / "model.pth.resume").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_the_run_and_keeps_what_it_has(number, params, tmp_path):
     flags = ["--validation-size", "59000", "--data-dir", params.data_dir]
-    run = subprocess.Popen(
-        [sys.executable, MODULE, *flags],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while not run.stdout.readline().startswith(line):
+    run = subprocess.Popen([sys.executable, MODULE, *flags], cwd=tmp_path, **PIPES)
+    while not run.stdout.readline().startswith("Epoch 1/20 "):
         assert run.poll() is None
-    if number is None:
-        run.stdout.close()
-        assert run.wait(timeout=60) == 2
-        assert run.stderr.read() == "error: [Errno 32] Broken pipe\n"
-        run.stderr.close()
-    else:
-        run.send_signal(number)
-        output, errors = run.communicate(timeout=30)
-        assert (run.returncode, errors) == (128 + number, "")
-    if line == "Training on":
-        assert output == "Stopped after epoch 0. There is nothing to keep\n"
-        assert list(tmp_path.iterdir()) == []
-        return
+    run.send_signal(number)
+    output, errors = run.communicate(timeout=30)
+    assert (run.returncode, errors) == (128 + number, "")
     path = tmp_path / "best_mnist_model.pth"
+    assert output.startswith(f"Stopped after epoch 1. {path} has the best so far, epoch 1;")
     mnist_cnn.load_checkpoint(path, params)
     assert {file.name for file in tmp_path.iterdir()} == {path.name, f"{path.name}.resume"}
-    if number is not None:
-        assert output.startswith(f"Stopped after epoch 1. {path} has the best so far, epoch 1;")
 
 
 # ---- Several processes --------------------------------------------------------------------------
@@ -641,9 +533,7 @@ def in_processes(count: int, work: Callable[..., None], *arguments: object) -> N
     """Run work(rank, count, *arguments) in each of them."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mnist_cnn"])
-    processes = [
-        context.Process(target=work, args=(rank, count, *arguments)) for rank in range(count)
-    ]
+    processes = [context.Process(target=work, args=(i, count, *arguments)) for i in range(count)]
     for process in processes:
         process.start()
     for process in processes:
@@ -668,8 +558,8 @@ def save_gradients(rank: int, count: int, folder: Path) -> None:
         torch.save(results, folder / f"of_{count}.pt")
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_the_gradient_of_several_processes_is_that_of_one(count: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_gradient_of_several_processes_is_that_of_one(count, tmp_path):
     for size in (1, count):
         in_processes(size, save_gradients, tmp_path)
     one, several = (torch.load(tmp_path / f"of_{size}.pt") for size in (1, count))
@@ -686,16 +576,11 @@ def save_a_run(rank: int, count: int, folder: Path, params: HyperParameters) -> 
     augment, warped = mnist_cnn.augment, []
     mnist_cnn.augment = lambda *arguments: warped.append(augment(*arguments)) or warped[-1]
     model, history = mnist_cnn.train_model(params, folder / "model.pth")
-    weights = model.state_dict()
-    torch.save(
-        {"weights": weights, "history": history[0][:], "warp": warped[0][0]}, folder / str(rank)
-    )
+    torch.save([model.state_dict(), history[0][:], warped[0][0]], folder / str(rank))
 
 
 @pytest.mark.parametrize(("count", "num_validation"), [(2, 1), (3, 50)])
-def test_processes_end_an_epoch_alike_and_report_all_images(
-    count: int, num_validation: int, tmp_path: Path
-) -> None:
+def test_processes_end_an_epoch_alike_and_report_all_images(count, num_validation, tmp_path):
     torch.manual_seed(1)
     splits = [
         (torch.randint(256, (size, 1, 28, 28)).byte(), torch.randint(10, (size,)))
@@ -704,36 +589,22 @@ def test_processes_end_an_epoch_alike_and_report_all_images(
     torch.save(splits, tmp_path / "splits.pt")
     params = HyperParameters(num_epochs=1, batch_size=48, device="cpu", precision="float32")
     in_processes(count, save_a_run, tmp_path, params)
-    first, *others = (torch.load(tmp_path / str(rank)) for rank in range(count))
-    for other in others:
-        assert_equal(other["weights"], first["weights"])
-        assert other["history"] == first["history"]
-        assert not torch.equal(other["warp"], first["warp"])
-
-    assert_equal(torch.load(tmp_path / "model.pth"), dict(first["weights"]))
-    metrics = EpochMetrics(*first["history"])
+    (weights, history, warp), *others = (torch.load(tmp_path / str(i)) for i in range(count))
+    for other_weights, other_history, other_warp in others:
+        assert_equal(other_weights, weights)
+        assert other_history == history
+        assert not torch.equal(other_warp, warp)
+    assert_equal(torch.load(tmp_path / "model.pth"), dict(weights))
     model = TinyCNN().eval()
-    model.load_state_dict(first["weights"])
-    logits = [model((images / 255 - 0.1307) / 0.3081) for images, _ in splits]
-    accuracies = [
-        100 * (guess.argmax(1) == labels).double().mean().item()
-        for guess, (_, labels) in zip(logits, splits, strict=True)
-    ]
-    assert [metrics.validation_accuracy, metrics.test_accuracy] == pytest.approx(accuracies)
-    loss = F.cross_entropy(logits[0], splits[0][1]).item()
-    assert metrics.validation_loss == pytest.approx(loss, rel=1e-4)
-
-
-def refuse_a_batch(rank: int, count: int, folder: Path) -> None:
-    join(rank, count, folder)
-    mnist_cnn.load_splits = lambda *_: [(torch.zeros(28, 1, 28, 28), torch.zeros(28))] * 3
-    params = HyperParameters(batch_size=9, device="cpu")  # leaves a last batch of one image
-    with pytest.raises(ValueError, match="3 processes cannot share a last batch of 1$"):
-        mnist_cnn.train_model(params, folder / "model.pth")
-
-
-def test_batches_that_processes_cannot_share_are_an_error(tmp_path: Path) -> None:
-    in_processes(3, refuse_a_batch, tmp_path)
+    model.load_state_dict(weights)
+    metrics = EpochMetrics(*history)
+    for (images, labels), accuracy in zip(splits, metrics[4:6], strict=True):
+        logits = model((images / 255 - 0.1307) / 0.3081)
+        right = (logits.argmax(1) == labels).sum().item()
+        assert accuracy == pytest.approx(100 * right / len(labels))
+        if len(labels) == num_validation:
+            loss = F.cross_entropy(logits, labels).item()
+            assert metrics.validation_loss == pytest.approx(loss, rel=1e-4)
 
 
 SMALL_SCRIPT = f"""
@@ -748,15 +619,12 @@ sys.exit(mnist_cnn.main(["--num-epochs", "4", "--validation-size", "500", *sys.a
 """
 
 
-def test_torchrun_ends_with_a_killed_process_and_one_process_carries_on(
-    params: HyperParameters, tmp_path: Path, monkeypatch: Patch
-) -> None:
+def test_torchrun_ends_with_a_killed_process_and_one_carries_on(params, tmp_path, monkeypatch):
     monkeypatch.setenv("MNIST_DATA_DIR", params.data_dir)
     script = tmp_path / "small.py"
     script.write_text(SMALL_SCRIPT)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    run = subprocess.Popen([*torchrun, script], cwd=tmp_path, **pipes)
+    run = subprocess.Popen([*torchrun, script], cwd=tmp_path, **PIPES)
     output = ""
     while "Epoch 2/4" not in output:
         output += run.stdout.readline()
@@ -770,19 +638,20 @@ def test_torchrun_ends_with_a_killed_process_and_one_process_carries_on(
     for process in processes:
         with pytest.raises(ProcessLookupError):
             os.kill(process, 0)
-    resumed = subprocess.run([sys.executable, script, "--resume"], cwd=tmp_path, **pipes)
-    assert resumed.returncode == 0
+    resumed = subprocess.run([sys.executable, script, "--resume"], cwd=tmp_path, **PIPES)
+    assert resumed.returncode == 0, resumed.stderr
     assert re.search(r"^Carrying on after epoch [123]$", resumed.stdout, re.MULTILINE)
     mnist_cnn.load_checkpoint(tmp_path / "best_mnist_model.pth", params)
 
-    evaluated = subprocess.run([*torchrun, script, "evaluate"], cwd=tmp_path, **pipes)
+    evaluated = subprocess.run([*torchrun, script, "evaluate"], cwd=tmp_path, **PIPES)
     assert evaluated.stdout.count("Current test accuracy") == 1
 
 
 # ---- The command line ---------------------------------------------------------------------------
-def test_a_short_run_learns_and_says_so(params: HyperParameters, tmp_path: Path) -> None:
-    flags = "--num-epochs 1 --validation-size 50000 --checkpoint digits.pth"
-    run = run_script(tmp_path, *flags.split())
+def test_a_short_run_learns_and_says_so(params, tmp_path):
+    flags = "--num-epochs 1 --validation-size 50000 --checkpoint digits.pth --data-dir"
+    command = [sys.executable, MODULE, *flags.split(), params.data_dir]
+    run = subprocess.run(command, cwd=tmp_path, **PIPES)
     assert (run.returncode, run.stderr) == (0, "")  # no progress bar in a log file
     assert "Total params: 19,354" in run.stdout
     percent = r"(\d\d\.\d\d)%"
@@ -799,33 +668,27 @@ def test_a_short_run_learns_and_says_so(params: HyperParameters, tmp_path: Path)
     assert lines, run.stdout
     _, validation, test, best_validation, _, saved_test = map(float, lines.groups())
     assert (validation, test) == (best_validation, saved_test)
-    assert validation > 95
-    assert test > 95
-    pictures = {"digits_curves.png", "digits_mistakes.png"}
-    assert {path.name for path in tmp_path.iterdir()} == {"digits.pth", *pictures}
+    assert min(validation, test) > 95
+    files = ["digits.pth", "digits_curves.png", "digits_mistakes.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == files
     TinyCNN().load_state_dict(torch.load(tmp_path / "digits.pth"))
-    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
 
 
-def test_a_synthetic_run_needs_no_mnist_and_says_what_it_is(tmp_path: Path) -> None:
-    flags = "--synthetic --num-epochs 1 --validation-size 57000 --data-dir nowhere"
+def test_a_synthetic_run_needs_no_mnist_and_says_what_it_is(tmp_path):
     (tmp_path / "best_mnist_model.pth").write_text("of an earlier run")
-    run = run_script(tmp_path, *flags.split())
+    flags = "--synthetic --num-epochs 1 --validation-size 57000 --data-dir nowhere"
+    run = subprocess.run([sys.executable, MODULE, *flags.split()], cwd=tmp_path, **PIPES)
     assert (run.returncode, run.stderr) == (0, "")
     assert re.search(r"^Training on .*, synthetic digits$", run.stdout, re.MULTILINE)
     accuracy = re.search(r"\nCurrent test accuracy: (\S+)% of synthetic digits\n\Z", run.stdout)
     assert float(accuracy[1]) > 90
     assert (tmp_path / "best_mnist_model.pth").read_text() == "of an earlier run"
-    pictures = {"synthetic_model_curves.png", "synthetic_model_mistakes.png"}
-    files = {path.name for path in tmp_path.iterdir()}
-    assert files == {"best_mnist_model.pth", "synthetic_model.pth", *pictures}
+    assert (tmp_path / "synthetic_model.pth").exists()
     with pytest.raises(ValueError, match=r"best_mnist_model\.pth is for MNIST"):
         mnist_cnn.train_model(HyperParameters(synthetic=True), tmp_path / "best_mnist_model.pth")
 
 
-def test_evaluate_counts_the_mistakes_of_each_digit_before_it_draws(
-    params: HyperParameters, tmp_path: Path, capsys: Capture
-) -> None:
+def test_evaluate_counts_the_mistakes_of_each_digit_before_it_draws(params, tmp_path, capsys):
     path = tmp_path / "model.pth"
     shutil.copy(CHECKPOINT, path)
     picture = tmp_path / "model_mistakes.png"
@@ -842,10 +705,8 @@ def test_evaluate_counts_the_mistakes_of_each_digit_before_it_draws(
         assert float(percent) == pytest.approx(100 - 100 * int(missed) / int(total), abs=0.006)
 
 
-def test_the_readme_snippets_and_commands_work(
-    params: HyperParameters, tmp_path: Path, monkeypatch: Patch, capsys: Capture
-) -> None:
-    """In the order of the README, on few images. What trains for long is left to .ci/run."""
+def test_the_readme_snippets_work(params, tmp_path, monkeypatch):
+    """In the order of the README, on few images."""
     from PIL import Image
 
     use_few_images(params, monkeypatch, 6_000)
@@ -861,62 +722,39 @@ def test_the_readme_snippets_and_commands_work(
     assert variables["accuracy"] > 99
     assert [metrics.epoch for metrics in variables["history"]] == [1, 2, 3, 4, 5]
     assert torch.equal(variables["digits"], labels[:2])
-    capsys.readouterr()
-    commands = dict.fromkeys(re.findall(r"\bmnist_cnn\.py (\w.*?)[`\n]", readme))
-    assert {command.split()[0] for command in commands} == {"evaluate", "predict"}
-    for command in commands:
-        assert mnist_cnn.main(command.split()) == 0
-    output = capsys.readouterr().out
-    assert re.search(r"^seven\.jpg: 7 .*\nscan\.png: 2 ", output, re.MULTILINE)
-    assert re.search(r"^Current test accuracy: (99|100)\.", output, re.MULTILINE)
 
 
-@pytest.mark.parametrize(
-    ("flags", "complaint"),
-    [
-        ("--num-epochs 0", "num_epochs is 0; it must be 1 or more"),
-        ("--batch-size many", "argument --batch-size: invalid int value: 'many'"),
-        ("--epochs 3", "unrecognized arguments: --epochs"),
-        ("evalute", "evaluate [CHECKPOINT] or predict FILE... is expected"),
-        ("--device cuda:9", "device 'cuda:9' is not there: "),
-        ("--device gpu", "device 'gpu' is not there: "),
-        ("--device meta", "device 'meta' is not there: "),
-        ("--resume", "nothing to resume: there is no "),
-        ("--checkpoint missing/model.pth", "No such file or directory"),
-    ],
-)
-def test_a_wrong_flag_is_explained_without_a_traceback(
-    flags: str, complaint: str, tmp_path: Path, monkeypatch: Patch, capsys: Capture
-) -> None:
+WRONG_FLAGS = {
+    "--num-epochs 0": "num_epochs is 0; it must be 1 or more",
+    "--batch-size many": "argument --batch-size: invalid int value: 'many'",
+    "--epochs 3": "unrecognized arguments: --epochs",
+    "evalute": "evaluate [CHECKPOINT] or predict FILE... is expected",
+    "--device cuda:9": "device 'cuda:9' is not there: ",
+    "--device gpu": "device 'gpu' is not there: ",
+    "--device meta": "device 'meta' is not there: ",
+    "--resume": "nothing to resume: there is no ",
+    "--checkpoint missing/model.pth": "No such file or directory",
+}
+
+
+@pytest.mark.parametrize("flags", WRONG_FLAGS)
+def test_a_wrong_flag_is_explained_without_a_traceback(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     try:
         status = mnist_cnn.main(flags.split())
     except SystemExit as stop:  # of argparse
         status = stop.code
-    errors = capsys.readouterr().err
     assert status == 2
-    assert complaint in errors.splitlines()[-1]
-    assert "Traceback" not in errors
+    assert WRONG_FLAGS[flags] in capsys.readouterr().err.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_help_names_the_reference_defaults(capsys: Capture) -> None:
-    with pytest.raises(SystemExit) as stop:
-        mnist_cnn.main(["--help"])
-    assert stop.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
-    for flag, default in (("num-epochs", "20"), ("batch-size", "64"), ("learning-rate", "0.0009")):
-        assert re.search(rf"--{flag} \S+ [^-]*\(default: {default}\)", text)
-
-
-def test_import_does_nothing(tmp_path: Path) -> None:
+def test_import_does_nothing(tmp_path):
     code = (
         "import sys, mnist_cnn\n"
         "assert not {'torchvision', 'matplotlib', 'PIL', 'torchsummary'} & sys.modules.keys()"
     )
     environment = os.environ | {"PYTHONPATH": str(MODULE.parent), "PYTHONDONTWRITEBYTECODE": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, **PIPES)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
