@@ -89,10 +89,11 @@ def find_ink(brightness: Tensor) -> Tensor:
     """(H, W) of any size, dark on light or light on dark, to ink in 0..1 on paper of 0, cropped.
 
     Raises:
-        ValueError: nothing is written on it.
+        ValueError: nothing is written on it, or too small to tell.
     """
-    if max(brightness.shape) > 192:
-        brightness = resized(brightness, 192)
+    if brightness.numel() > 192**2:
+        shrink = 192 / brightness.numel() ** 0.5  # of the area: a digit on a long strip stays
+        brightness = resized(brightness, round(shrink * max(brightness.shape)))
     # The light falls smoothly: a quadratic surface, fitted to the half that it fits best, is the
     # paper (least trimmed squares; Rousseeuw, 1984).
     y, x = torch.meshgrid(
@@ -127,7 +128,10 @@ def find_ink(brightness: Tensor) -> Tensor:
     sizes = labels.long().flatten().bincount()
     sizes[0] = 0
     kept = (sizes >= 0.1 * sizes.max())[labels.long()]
-    return cropped(ink * dilated(kept.float(), 1), kept)
+    ink = cropped(ink * dilated(kept.float(), 1), kept)
+    if max(ink.shape) < 8:
+        raise ValueError(f"too small: its ink is {ink.shape[1]}x{ink.shape[0]} pixels")
+    return ink
 
 
 def like_mnist(brightness: Tensor) -> Tensor:

@@ -2,11 +2,10 @@
 
 import json
 import math
+import os
 import re
+import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,32 +13,32 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image
-from torch import Tensor, nn
+from torch import Tensor
 
 import digits
 import mnist_cnn
 from mnist_cnn import HyperParameters
-from test_mnist_model import CHECKPOINT, mnist
+from test_mnist_model import CHECKPOINT, MODULE, PIPES, mnist
 
 
 @pytest.fixture(scope="module")
-def shipped() -> nn.Module:
+def shipped():
     return mnist_cnn.load_checkpoint(CHECKPOINT, HyperParameters())
 
 
 @pytest.fixture(scope="module")
-def test_images() -> mnist_cnn.Split:
+def all_digits():
     return mnist_cnn.load_images(mnist(), train=False)
 
 
 @pytest.fixture(scope="module")
-def some_digits(test_images: mnist_cnn.Split) -> mnist_cnn.Split:
-    images, labels = test_images
+def some_digits(all_digits):
+    images, labels = all_digits
     return images[:30], labels[:30]
 
 
-def test_mnist_itself_passes_through_unchanged(test_images: mnist_cnn.Split) -> None:
-    images = test_images[0][::5]
+def test_mnist_itself_passes_through_unchanged(all_digits):
+    images = all_digits[0][::5]
     assert torch.equal(digits.read_digits(images), images)
 
 
@@ -85,9 +84,7 @@ def dotted(image: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("picture", [scan, photo, blackboard, thin_pen, thick_pen, dotted])
-def test_digits_are_recognized_however_they_come(
-    picture: Callable[[Tensor], Tensor], shipped: nn.Module, some_digits: mnist_cnn.Split
-) -> None:
+def test_digits_are_recognized_however_they_come(picture, shipped, some_digits):
     images, labels = some_digits
     guesses, probabilities = mnist_cnn.predict_digits(shipped, [picture(image) for image in images])
     assert probabilities.shape == (30, 10)
@@ -95,9 +92,7 @@ def test_digits_are_recognized_however_they_come(
     assert (guesses != labels).sum() <= 1
 
 
-def test_every_kind_of_picture_gives_the_same(
-    shipped: nn.Module, some_digits: mnist_cnn.Split, tmp_path: Path
-) -> None:
+def test_every_kind_of_picture_gives_the_same(shipped, some_digits, tmp_path):
     (image, *_), labels = some_digits
     grey = scanned(image)
     transparent = np.zeros((*grey.shape, 4), dtype=np.uint8)
@@ -122,11 +117,19 @@ def test_every_kind_of_picture_gives_the_same(
         np.stack([grey] * 3),
         torch.from_numpy(grey),
         torch.from_numpy(grey)[None] / 255,
+        torch.from_numpy(grey).bfloat16(),
+        (grey > 127).astype(np.uint8),
+        os.scandir(tmp_path).__next__(),
         image,
+        image // 128,
     ]
     guesses, probabilities = mnist_cnn.predict_digits(shipped, pictures)
     assert guesses.tolist() == [labels[0].item()] * len(pictures)
     assert probabilities.max(1).values.min() > 0.9
+    for picture in (str(tmp_path / "grey.png"), tmp_path / "grey.png", Image.fromarray(grey), grey):
+        assert mnist_cnn.predict_digits(shipped, picture)[0].tolist() == [labels[0].item()]
+    none, probabilities = mnist_cnn.predict_digits(shipped, [])
+    assert (none.shape, probabilities.shape) == ((0,), (0, 10))
 
 
 @pytest.mark.parametrize(
@@ -139,49 +142,55 @@ def test_every_kind_of_picture_gives_the_same(
         (torch.randn(28, 28), "picture 1: has NaN, infinite or negative"),
         (torch.rand(2, 3, 28, 28), r"picture 1: shape .*\(2, 3, 28, 28\)"),
         (torch.rand(0, 28), r"picture 1: shape "),
+        (torch.eye(3), "picture 1: too small: its ink is 3x3 pixels"),
         ("nothing.png", "nothing.png: .*No such file"),
     ],
 )
-def test_what_is_no_digit_is_named(
-    picture: object, complaint: str, shipped: nn.Module, some_digits: mnist_cnn.Split
-) -> None:
+def test_what_is_no_digit_is_named(picture, complaint, shipped, some_digits):
     with pytest.raises((OSError, ValueError), match=complaint):
         mnist_cnn.predict_digits(shipped, [some_digits[0][0], picture])
 
 
-def test_predict_classifies_the_good_files_and_names_the_others(
-    some_digits: mnist_cnn.Split,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_digit_on_a_long_strip_is_found(shipped, some_digits):
+    strip = F.pad(scan(some_digits[0][0]), [9_000, 9_000, 0, 0], value=1.0)
+    assert mnist_cnn.predict_digits(shipped, [strip])[0].item() == some_digits[1][0]
+
+
+def test_predict_classifies_the_good_files_and_names_the_others(some_digits, tmp_path):
     images, labels = some_digits
-    for number in (0, 1):
-        Image.fromarray(scanned(images[number])).save(tmp_path / f"{number}.png")
+    names = ["é.png", "text.png", "missing.png", "huge.png", ".", "-", "1.png"]
+    for number, name in ((0, "é.png"), (1, "1.png")):
+        Image.fromarray(scanned(images[number])).save(tmp_path / name)
     (tmp_path / "text.png").write_text("not a picture")
     Image.new("1", (8_000, 7_000)).save(tmp_path / "huge.png")
-    names = ["0.png", "text.png", "missing.png", "huge.png", ".", "1.png"]
-    paths = [str(tmp_path / name) for name in names]
-    arguments = ["predict", "--checkpoint", str(CHECKPOINT)]
-    assert mnist_cnn.main([*arguments, *paths]) == 2
-    output, errors = capsys.readouterr()
-    lines = output.splitlines()
-    for line, path, label in zip(lines, (paths[0], paths[-1]), labels[:2], strict=True):
-        assert re.fullmatch(rf"{path}: {label} \(\d+\.\d%\), or \d \(\d+\.\d%\)", line)
-    assert [
-        line.startswith(f"error: {path}: ")
-        for line, path in zip(errors.splitlines(), paths[1:-1], strict=True)
-    ] == [True] * 4
 
-    with open(paths[0], "rb") as file:
-        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=file))
-        assert mnist_cnn.main([*arguments, "--json", "-"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert (result["file"], result["digit"]) == ("-", labels[0])
+    def predict(*arguments: str, stdin: Any) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, MODULE, "predict", "--checkpoint", CHECKPOINT, *arguments]
+        ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+        return subprocess.run(command, cwd=tmp_path, stdin=stdin, env=ascii_only, **PIPES)
+
+    with open(tmp_path / "text.png") as text:
+        run = predict(*names, stdin=text)
+    assert run.returncode == 2
+    good = zip(run.stdout.splitlines(), (r"\\xe9.png", "1.png"), labels[:2], strict=True)
+    for line, name, label in good:
+        assert re.fullmatch(rf"{name}: {label} \(\d+\.\d%\), or \d \(\d+\.\d%\)", line)
+    for line, name in zip(run.stderr.splitlines(), names[1:-1], strict=True):
+        assert line.startswith(f"error: {name}: ")
+
+    with open(tmp_path / "1.png", "rb") as picture:
+        result = json.loads(predict("--json", "-", stdin=picture).stdout)
+    assert (result["file"], result["digit"]) == ("-", labels[1])
     assert sum(result["probabilities"]) == pytest.approx(1)
 
 
-def test_synthetic_digits_are_like_mnist(shipped: nn.Module) -> None:
+def test_a_closed_standard_input_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert mnist_cnn.main(["predict", "--checkpoint", str(CHECKPOINT), "-"]) == 2
+    assert re.fullmatch("error: -: .*\n", capsys.readouterr().err)
+
+
+def test_synthetic_digits_are_like_mnist(shipped):
     images, labels = digits.draw_digits(2_000, seed=0)
     assert (images.shape, images.dtype) == ((2_000, 1, 28, 28), torch.uint8)
     assert labels.bincount().min() > 150
