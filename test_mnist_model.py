@@ -242,16 +242,15 @@ def altered(content: bytes, position: int = 5_000) -> bytes:
     return content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :]
 
 
-def test_damaged_data_is_named_with_the_remedy(params, tmp_path, monkeypatch, capsys):
+def test_damaged_data_is_named_with_the_remedy(params, tmp_path, monkeypatch):
     images = copy_of_mnist(params, tmp_path) / "t10k-images-idx3-ubyte"
     content = images.read_bytes()
     archive, packed = images.with_name(f"{images.name}.gz"), gzip.compress(content, 1)
-    flags = ["--data-dir", str(tmp_path), "--checkpoint", str(tmp_path / "model.pth")]
     for path, whole in ((images, content), (archive, packed)):
         for damaged in (altered(whole), whole[:-100], b""):
             path.write_bytes(damaged)
-            assert mnist_cnn.main(flags) == 2
-            assert re.fullmatch(f"error: {path} is damaged: delete it.*\n", capsys.readouterr().err)
+            with pytest.raises(ValueError, match=f"^{path} is damaged: delete it"):
+                mnist_cnn.load_images(HyperParameters(data_dir=tmp_path), train=False)
         images.unlink(missing_ok=True)
     archive.write_bytes(packed)  # which will do, also below the home folder
     monkeypatch.setenv("HOME", str(tmp_path.parent))
@@ -298,21 +297,22 @@ def test_kept_epoch_is_the_best_on_validation():
 
 
 def test_learning_rate_rises_tenfold_then_falls_and_dropout_falls_to_0():
-    params = HyperParameters(num_epochs=5, batch_size=2, device="cpu")
+    params = HyperParameters(num_epochs=5, batch_size=4, device="cpu")
     run = mnist_cnn.Run(params, torch.device("cpu"), num_images=80)
-    rates, dropout = [run.optimizer.param_groups[0]["lr"]], []
+    seeds, rates, dropout = set(), [run.optimizer.param_groups[0]["lr"]], []
     run.optimizer.register_step_post_hook(lambda *_: rates.append(run.schedule.get_last_lr()[0]))
     training_set = torch.zeros(80, 1, 28, 28, dtype=torch.uint8), torch.arange(80) % 10
     for _ in range(5):
         mnist_cnn.train_epoch(run, training_set, params)
+        seeds.add(torch.initial_seed())
         run.history.append(epoch_metrics(0, 0.0, 0.0))
         dropout.append({layer.p for layer in run.model.modules() if hasattr(layer, "p")})
+    assert len(seeds) == 5
     assert [rate for (rate,) in dropout] == pytest.approx([0.2, 0.15, 0.1, 0.05, 0])
     peak = rates.index(max(rates))
     assert (rates[0], rates[peak]) == (pytest.approx(0.0009), pytest.approx(0.009))
-    assert peak == pytest.approx(60, abs=1)
-    assert rates[: peak + 1] == sorted(rates[: peak + 1])
-    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert peak == pytest.approx(30, abs=1)
+    assert rates == sorted(rates[:peak]) + sorted(rates[peak:], reverse=True)
     assert 0 < rates[-1] < 1e-6
 
 
@@ -346,8 +346,7 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
     path = tmp_path / "bad.pth"
     whole = CHECKPOINT.read_bytes()
     contents = [whole[:size] for size in [*range(0, len(whole), 997), len(whole) - 1]]
-    weights = whole.index(torch.load(CHECKPOINT)["fc.1.weight"].numpy().tobytes())
-    contents += [altered(whole, weights), b"not a checkpoint", b"\x80\x02N.", os.urandom(9_000)]
+    contents += [altered(whole, 50_000), b"not a checkpoint", b"\x80\x02N.", os.urandom(9_000)]
     for content in contents:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=f"^{path} is not a dict of tensors"):
@@ -428,6 +427,8 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
     else:
         params = replace(params, validation_size=0)
     whole, history = mnist_cnn.train_model(params, tmp_path / "whole.pth")
+    kept_accuracy = mnist_cnn.evaluate_model(whole, *mnist_cnn.load_images(params, False))[1]
+    assert kept_accuracy == mnist_cnn.kept_epoch(history).test_accuracy
     if kept == "last":
         output = capsys.readouterr().out
         assert "Val Acc" not in output
@@ -696,7 +697,6 @@ def test_evaluate_counts_the_mistakes_of_each_digit_before_it_draws(params, tmp_
 
 
 def test_the_readme_snippets_work(params, tmp_path, monkeypatch):
-    """In the order of the README, on few images."""
     from PIL import Image
 
     use_few_images(params, monkeypatch, 6_000)
