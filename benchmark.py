@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import multiprocessing
+import os
 import random
 import signal
 import subprocess
@@ -45,14 +46,15 @@ spawn = multiprocessing.get_context("spawn")  # a forked process could not use C
 
 def straightforward(params: HyperParameters, splits: list[Split]) -> Iterator[EpochMetrics]:
     """Train as most MNIST scripts do: augmenting nothing, in float32, at one learning rate."""
-    from torchvision import datasets, transforms
+    from torchvision.datasets import MNIST
+    from torchvision.transforms import Compose, Normalize, ToTensor
 
     (images, labels), validation_set, test_set = splits
-    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(0.1307, 0.3081)])
-    dataset = datasets.MNIST(params.data_dir, train=True, transform=transform, download=True)
+    device = images.device
+    transform = Compose([ToTensor(), Normalize((0.1307,), (0.3081,))])
+    dataset = MNIST(params.data_dir, train=True, transform=transform, download=True)
     dataset.data, dataset.targets = images[:, 0].cpu(), labels.cpu()
     loader: DataLoader[Any] = DataLoader(dataset, params.batch_size, shuffle=True)
-    device = mnist_cnn.pick_device(params)
     torch.manual_seed(params.random_seed)
     model = TinyCNN(params.dropout_rate).to(device).to(memory_format=torch.contiguous_format)
     optimizer = torch.optim.Adam(model.parameters(), lr=params.learning_rate)
@@ -77,7 +79,6 @@ def straightforward(params: HyperParameters, splits: list[Split]) -> Iterator[Ep
 
 
 def recorded(params: HyperParameters, loop: str) -> dict[str, Any]:
-    """What tells one run from another."""
     module = hashlib.sha256(Path(mnist_cnn.__file__).read_bytes()).hexdigest()
     return mnist_cnn.identity(params) | {"module": module, "loop": loop, "device": params.device}
 
@@ -211,11 +212,10 @@ def train_on_few(path: Path, validation_size: int) -> None:
         mnist_cnn.train_model(params, path, resume=path.with_name(f"{path.name}.resume").exists())
 
 
-def run_for(limit: float | None, path: Path, validation_size: int) -> float:
-    """The seconds until train_on_few ended, or was killed at the limit."""
+def run_for(limit: float | None, path: Path, held_out: int) -> float:
+    """The seconds until train_on_few, forked to start at once, ended or was killed at the limit."""
     start = default_timer()
-    fork = multiprocessing.get_context("fork")  # all is imported: the run starts at once
-    run = fork.Process(target=train_on_few, args=(path, validation_size))
+    run = multiprocessing.get_context("fork").Process(target=train_on_few, args=(path, held_out))
     run.start()
     try:
         run.join(limit)
@@ -229,13 +229,12 @@ def run_for(limit: float | None, path: Path, validation_size: int) -> float:
 
 def kill_runs(validation_size: int) -> None:
     """SIGKILL runs at random moments, resume them, and compare with a run left in peace."""
-    kills = finished = 0
     with TemporaryDirectory() as folder:
-        path, run_path = Path(folder, "model.pth"), Path(folder, "model.pth.resume")
-        duration = run_for(None, path, validation_size)
-        expected = mnist_cnn.load(path)
-        path.unlink()
-        while kills < KILLS // 2 or run_path.exists():
+        path, whole = Path(folder, "killed.pth"), Path(folder, "whole.pth")
+        duration = run_for(None, whole, validation_size)
+        expected = mnist_cnn.load(whole)
+        kills = finished = 0
+        while kills < KILLS // 2 or Path(folder, "killed.pth.resume").exists():
             run_for(random.uniform(0, duration), path, validation_size)
             if path.exists():  # only a run that came to its end makes it
                 torch.testing.assert_close(mnist_cnn.load(path), expected, rtol=0, atol=0)
@@ -268,6 +267,7 @@ def damage_files() -> None:
 
 
 def main() -> int:
+    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # it cleans up after ended workers
     parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("measurement", choices=["seeds", "speed", "torture"])
     parser.add_argument("--n", type=int, default=10, help="number of seeds")
@@ -282,8 +282,8 @@ def main() -> int:
             seeds(params, n, path, loop)
         elif measurement == "torture":
             mnist_cnn.Run(HyperParameters(), torch.device("cpu"), 1)  # imports the rest of torch
-            for validation_size in (0, 640):
-                kill_runs(validation_size)
+            kill_runs(validation_size=0)
+            kill_runs(validation_size=640)
             damage_files()
         else:
             speed(params)
