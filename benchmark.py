@@ -138,7 +138,7 @@ def seeds(params: HyperParameters, n: int, path: Path, loop: str) -> None:
         scores.append([kept.validation_accuracy, kept.test_accuracy, tested[-1], *tested])
     validation, test, last, *by_epoch = zip(*scores, strict=True)
     for name, column in ("validation", validation), ("test", test), ("test, last epoch", last):
-        sd = stdev(column) if n > 1 else math.nan
+        sd = math.nan if n == 1 or math.isnan(column[0]) else stdev(column)
         span = f"{min(column):.2f} to {max(column):.2f} %, {n} seeds"
         print(f"{name}: {mean(column):.3f} ± {sd:.3f} % (mean ± sd), {span}")
     print("test, mean by epoch:", *(f"{mean(column):.2f}" for column in by_epoch))
@@ -205,8 +205,8 @@ def train_on_few(path: Path, validation_size: int) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     images, labels = torch.randint(256, (640, 1, 28, 28)).byte(), torch.randint(10, (640,))
-    validation_set = images[:validation_size], labels[:validation_size]
-    mnist_cnn.load_splits = lambda *_: [(images, labels), validation_set, (images, labels)]
+    splits = [(images[:size], labels[:size]) for size in (640, validation_size, 64)]
+    mnist_cnn.load_splits = lambda *_: splits
     params = HyperParameters(num_epochs=10, validation_size=validation_size, device="cpu")
     with redirect_stdout(StringIO()):
         mnist_cnn.train_model(params, path, resume=path.with_name(f"{path.name}.resume").exists())
@@ -283,7 +283,7 @@ def main() -> int:
         elif measurement == "torture":
             mnist_cnn.Run(HyperParameters(), torch.device("cpu"), 1)  # imports the rest of torch
             kill_runs(validation_size=0)
-            kill_runs(validation_size=640)
+            kill_runs(validation_size=64)
             damage_files()
         else:
             speed(params)
