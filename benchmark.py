@@ -268,7 +268,7 @@ def damage_files() -> None:
 
 def main() -> int:
     os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # it cleans up after ended workers
-    parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("measurement", choices=["seeds", "speed", "torture"])
     parser.add_argument("--n", type=int, default=10, help="number of seeds")
     parser.add_argument("--loop", choices=["module", "straightforward"], default="module")

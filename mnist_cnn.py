@@ -291,11 +291,11 @@ def pick_device(params: HyperParameters) -> torch.device:
     best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     name = str(best) if params.device == "auto" else params.device
     try:
-        number = torch.ones(1, device=name)
-        number.item()  # "meta" has none
+        there = torch.ones(1, device=name)
+        there.item()  # "meta" has none
     except (RuntimeError, AssertionError, ImportError) as error:  # each device has its own
         raise ValueError(f"device {name!r} is not there: {str(error).splitlines()[0]}") from error
-    return number.device
+    return there.device
 
 
 def pick_precision(params: HyperParameters, device: torch.device) -> str:
@@ -655,8 +655,8 @@ def predict(params: HyperParameters, checkpoint: Path, files: list[str], as_json
 
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line asks; 0, or 2 after an error in what was asked."""
-    parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
-    parser.add_argument("command", nargs="*", help="evaluate [CHECKPOINT], or predict FILE...")
+    parser = ArgumentParser(formatter_class=ArgumentDefaultsHelpFormatter)
+    parser.add_argument("command", nargs="*", help="evaluate [CHECKPOINT] or predict FILE...")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="the weights' file")
     parser.add_argument("--resume", action="store_true", help="carry on an interrupted run")
     parser.add_argument("--json", action="store_true", help="predict: a JSON object a line")
