@@ -522,7 +522,6 @@ def join(rank: int, count: int, folder: Path) -> None:
 
 
 def in_processes(count: int, work: Callable[..., None], *arguments: object) -> None:
-    """Run work(rank, count, *arguments) in each of them."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mnist_cnn"])
     processes = [context.Process(target=work, args=(i, count, *arguments)) for i in range(count)]
