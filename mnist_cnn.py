@@ -623,6 +623,7 @@ def train(params: HyperParameters, checkpoint: Path, resume: bool) -> None:
 
     if params.synthetic and checkpoint == CHECKPOINT:
         checkpoint = Path("synthetic_model.pth")
+    join_processes(params)
     summary(TinyCNN(params.dropout_rate), (1, 28, 28), device="cpu")
     model, history = train_model(params, checkpoint, resume)
     leave_processes()
@@ -664,9 +665,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = vars(parser.parse_intermixed_args(argv))
     try:
         params = HyperParameters(**{f.name: arguments[f.name] for f in fields(HyperParameters)})
-        join_processes(params)
-        if arguments["command"]:  # for which one process is enough
-            leave_processes()
+        if arguments["command"] and dist.is_torchelastic_launched() and os.environ["RANK"] != "0":
+            return 0  # one process is enough
         match arguments["command"]:
             case []:
                 train(params, arguments["checkpoint"], arguments["resume"])
