@@ -1,9 +1,9 @@
 """Measurements that take too long for a test.
 
 python benchmark.py seeds --n 10                   accuracy over ten seeds: mean ± sd
-python benchmark.py seeds --loop straightforward   of the loop that most MNIST scripts have
-python benchmark.py speed                          images a second and megabytes of both loops
-python benchmark.py torture                        runs that are killed, files that are damaged
+python benchmark.py speed                          images a second, and of what most scripts do
+python benchmark.py pictures                       accuracy on photos of digits, by kind
+python benchmark.py torture                        runs that are killed at random moments
 torchrun --nproc-per-node=2 benchmark.py speed --batch-size 1024    of several processes together
 """
 
@@ -15,13 +15,12 @@ import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from statistics import mean, median, stdev
 from tempfile import TemporaryDirectory
@@ -31,38 +30,51 @@ from typing import Any
 if __name__ == "__mp_main__":  # a worker: Ctrl-C is for the process that started it
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
+import numpy as np
 import torch
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+from torch import Tensor
 from torch.utils.data import DataLoader
 
+import digits
 import mnist_cnn
-from mnist_cnn import EpochMetrics, HyperParameters, Split, TinyCNN
+from mnist_cnn import EpochMetrics, HyperParameters, TinyCNN
 
 CHECKPOINT = Path(__file__).resolve().with_name("best_mnist_model.pth")
 ROUNDS = 5
 KILLS = 100
-DAMAGED_FILES = 10_000
 spawn = multiprocessing.get_context("spawn")  # a forked process could not use CUDA
+KINDS: dict[str, Callable[..., Any]] = {  # of photos (H, W, 3) in 0..1
+    "clean": lambda photo, along, noise: photo,
+    "uneven light": lambda photo, along, noise: photo * (0.675 + 0.65 * along),
+    "shadow": lambda photo, along, noise: photo * (0.75 - 0.25 * np.tanh(50 * along)),
+    "noise": lambda photo, along, noise: photo + noise,
+    "squared paper": lambda photo, along, noise: photo,
+    "coloured pen": lambda photo, along, noise: photo,
+    "blur": lambda photo, along, noise: gaussian_filter(photo, (3, 3, 0)),
+    "light on dark": lambda photo, along, noise: 0.9 - 0.75 * photo,
+    "thumb": lambda photo, along, noise: np.where(along > 0.45, [0.7, 0.5, 0.4], photo),
+    "dark table": lambda photo, along, noise: np.where(along > 0.45, 0.2, photo),
+    "squared, at dusk": lambda photo, along, noise: photo * (0.4 + 0.3 * along) + noise / 3,
+}
 
 
-def straightforward(params: HyperParameters, splits: list[Split]) -> Iterator[EpochMetrics]:
+def straightforward(params: HyperParameters, images: Tensor, labels: Tensor) -> Iterator[None]:
     """Train as most MNIST scripts do: augmenting nothing, in float32, at one learning rate."""
     from torchvision.datasets import MNIST
     from torchvision.transforms import Compose, Normalize, ToTensor
 
-    (images, labels), validation_set, test_set = splits
-    device = images.device
     transform = Compose([ToTensor(), Normalize((0.1307,), (0.3081,))])
     dataset = MNIST(params.data_dir, train=True, transform=transform, download=True)
     dataset.data, dataset.targets = images[:, 0].cpu(), labels.cpu()
     loader: DataLoader[Any] = DataLoader(dataset, params.batch_size, shuffle=True)
-    torch.manual_seed(params.random_seed)
-    model = TinyCNN(params.dropout_rate).to(device).to(memory_format=torch.contiguous_format)
+    model = TinyCNN(params.dropout_rate).to(images.device).to(memory_format=torch.contiguous_format)
     optimizer = torch.optim.Adam(model.parameters(), lr=params.learning_rate)
-    for epoch in range(1, params.num_epochs + 1):
-        model.train()
+    for _ in range(params.num_epochs):
         loss_sum, correct = 0.0, 0
         for images, labels in loader:
-            images, labels = images.to(device), labels.to(device)
+            images, labels = images.to(labels.device), labels.to(images.device)
             optimizer.zero_grad()
             logits = model(images)
             loss = torch.nn.functional.cross_entropy(logits, labels)
@@ -70,69 +82,52 @@ def straightforward(params: HyperParameters, splits: list[Split]) -> Iterator[Ep
             optimizer.step()
             loss_sum += loss.item()
             correct += (logits.argmax(dim=1) == labels).sum().item()
-        if not math.isfinite(loss_sum):
-            raise FloatingPointError(f"diverged in epoch {epoch}")
-        validated = mnist_cnn.evaluate_model(model, *validation_set)
-        _, test_accuracy = mnist_cnn.evaluate_model(model, *test_set)
-        trained = loss_sum / len(loader), 100 * correct / len(dataset)
-        yield EpochMetrics(epoch, *trained, *validated, test_accuracy, params.learning_rate)
+        yield
 
 
-def recorded(params: HyperParameters, loop: str) -> dict[str, Any]:
+def recorded(params: HyperParameters) -> dict[str, Any]:
     module = hashlib.sha256(Path(mnist_cnn.__file__).read_bytes()).hexdigest()
-    return mnist_cnn.identity(params) | {"module": module, "loop": loop, "device": params.device}
+    return mnist_cnn.identity(params) | {"module": module, "device": params.device}
 
 
-def train_seed(params: HyperParameters, loop: str) -> dict[str, Any]:
+def train_seed(params: HyperParameters) -> dict[str, Any]:
     """Train without a word, and return a line for the results file."""
     torch.set_num_threads(1)  # this network's operators are too small to share
     start = default_timer()
     with TemporaryDirectory() as folder, redirect_stdout(StringIO()) as out, redirect_stderr(out):
-        if loop == "module":
-            _, history = mnist_cnn.train_model(params, Path(folder, "model.pth"))
-        else:
-            splits = mnist_cnn.load_splits(params, mnist_cnn.pick_device(params))
-            history = list(straightforward(params, splits))
-    return {"run": recorded(params, loop), "seconds": default_timer() - start, "history": history}
+        _, history = mnist_cnn.train_model(params, Path(folder, "model.pth"))
+    return {"run": recorded(params), "seconds": default_timer() - start, "history": history}
 
 
-def read_results(path: Path) -> dict[str, dict[str, Any]]:
-    results = {}
-    for n, line in enumerate(path.read_text().splitlines(), start=1):
+def train_seeds(runs: list[HyperParameters], path: Path) -> Iterator[dict[str, Any]]:
+    """Side by side, but for those in the file; each is appended to it as it ends."""
+    known = {}
+    for n, line in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
         try:
-            result = json.loads(line)
-            result["history"] = [EpochMetrics(*epoch) for epoch in result["history"]]
-            results[str(result["run"])] = result
+            known[str(json.loads(line)["run"])] = json.loads(line)
         except (KeyError, TypeError, ValueError) as e:
             raise ValueError(f"{path}, line {n}: not a result of this program: delete it") from e
-    return results
-
-
-def train_seeds(runs: list[HyperParameters], path: Path, loop: str) -> Iterator[dict[str, Any]]:
-    """Side by side, but for those in the file; each is appended to it as it ends."""
-    known = read_results(path) if path.exists() else {}
-    keys = [str(recorded(run, loop)) for run in runs]
+    keys = [str(recorded(run)) for run in runs]
     yield from (known[key] for key in keys if key in known)
     missing = [run for run, key in zip(runs, keys, strict=True) if key not in known]
     cores = torch.get_num_threads() if mnist_cnn.pick_device(runs[0]).type == "cpu" else 1
     if missing:
         with path.open("a") as file, spawn.Pool(min(cores, len(missing))) as pool:
-            if path.read_text()[-1:] not in ("", "\n"):
-                file.write("\n")
-            for result in pool.imap_unordered(functools.partial(train_seed, loop=loop), missing):
+            for result in pool.imap_unordered(train_seed, missing):
                 print(json.dumps(result), file=file, flush=True)
                 yield result
 
 
-def seeds(params: HyperParameters, n: int, path: Path, loop: str) -> None:
+def seeds(params: HyperParameters, n: int, path: Path) -> None:
     """Train n seeds from params.random_seed on, and print their accuracies."""
     if n < 1:
         raise ValueError(f"--n is {n}; it must be 1 or more")
     runs = [replace(params, random_seed=params.random_seed + i) for i in range(n)]
     scores = []
-    for result in train_seeds(runs, path, loop):
-        history, seed = result["history"], result["run"]["random_seed"]
+    for result in train_seeds(runs, path):
+        history = [EpochMetrics(*epoch) for epoch in result["history"]]
         kept, duration = mnist_cnn.kept_epoch(history), result["seconds"]
+        seed = result["run"]["random_seed"]
         print(f"seed {seed}, {duration:.0f} s, kept epoch {kept.epoch}: {kept}", flush=True)
         tested = [epoch.test_accuracy for epoch in history]
         scores.append([kept.validation_accuracy, kept.test_accuracy, tested[-1], *tested])
@@ -149,10 +144,8 @@ def seconds(action: Callable[[], object], rounds: int = ROUNDS) -> float:
     return median(repeat(action, "import gc; gc.enable()", repeat=rounds + 1, number=1)[1:])
 
 
-def measure(params: HyperParameters, loop: str) -> tuple[float, float]:
-    """Images a second of training, and the most that this process has had resident, in MB."""
-    from resource import RUSAGE_SELF, getrusage  # not on Windows
-
+def measure(params: HyperParameters, loop: str) -> float:
+    """Images a second of training."""
     params, device = replace(params, num_epochs=2), mnist_cnn.pick_device(params)
     images, labels = (part[:12_800].to(device) for part in mnist_cnn.load_images(params, True))
     epochs: Iterator[object]  # both end by reading numbers: a GPU has finished then, too
@@ -160,12 +153,9 @@ def measure(params: HyperParameters, loop: str) -> tuple[float, float]:
         run = mnist_cnn.Run(params, device, len(images))
         epochs = (mnist_cnn.train_epoch(run, (images, labels), params) for _ in range(2))
     else:
-        nothing = images[:0], labels[:0]
-        epochs = straightforward(params, [(images, labels), nothing, nothing])
+        epochs = straightforward(params, images, labels)
     with redirect_stderr(StringIO()):  # no progress bar
-        rate = len(images) / seconds(epochs.__next__, rounds=1)
-    megabyte = 1e6 if sys.platform == "darwin" else 1e6 / 1024
-    return rate, getrusage(RUSAGE_SELF).ru_maxrss / megabyte
+        return len(images) / seconds(epochs.__next__, rounds=1)
 
 
 def speed(params: HyperParameters) -> None:
@@ -174,48 +164,88 @@ def speed(params: HyperParameters) -> None:
     device, threads = mnist_cnn.pick_device(params), torch.get_num_threads()
     print(f"{device}, {threads} threads, torch {torch.__version__}, batch size {params.batch_size}")
     if torch.distributed.is_torchelastic_launched():
-        rate = median(measure(params, "module")[0] for _ in range(ROUNDS))
+        rate = median(measure(params, "module") for _ in range(ROUNDS))
         print(f"{mnist_cnn.world_size()} processes together: {rate:,.0f} images/s")
         return mnist_cnn.leave_processes()
-    loops: dict[str, list[tuple[float, float]]] = {"module": [], "straightforward": []}
+    loops: dict[str, list[float]] = {"module": [], "straightforward": []}
     for _ in range(ROUNDS):  # in turn: what slows the machine down slows both
         for loop, measured in loops.items():
             with spawn.Pool(1) as pool:
                 measured.append(pool.apply(measure, (params, loop)))
     for loop, measured in loops.items():
-        rate, memory = (median(numbers) for numbers in zip(*measured, strict=True))
-        print(f"{loop}: {rate:,.0f} images/s, {60_000 / rate:.1f} s for 60,000, {memory:,.0f} MB")
-    ratios = [ours[0] / theirs[0] for ours, theirs in zip(*loops.values(), strict=True)]
+        print(f"{loop}: {median(measured):,.0f} images/s")
+    ratios = [ours / theirs for ours, theirs in zip(*loops.values(), strict=True)]
     print(f"ratio: {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
     model = mnist_cnn.load_checkpoint(CHECKPOINT, params)
     images, labels = mnist_cnn.load_images(params, train=False)
     rate = len(images) / seconds(lambda: mnist_cnn.evaluate_model(model, images, labels))
-    with redirect_stdout(StringIO()):
-        loading = seconds(lambda: mnist_cnn.load_and_evaluate_model(CHECKPOINT, params))
-    print(f"evaluate_model: {rate:,.0f} images/s; load_and_evaluate_model: {loading:.2f} s")
-    for module in ("mnist_cnn", "torch"):
-        command = [sys.executable, "-c", f"import {module}"]
-        importing = functools.partial(subprocess.run, command, cwd=CHECKPOINT.parent, check=True)
-        print(f"import {module}: {seconds(importing):.2f} s")
+    print(f"evaluate_model: {rate:,.0f} images/s")
+    for size in (300, 300), (4_000, 3_000):
+        file = BytesIO()
+        photograph(images[0, 0], "noise", np.random.default_rng(0)).resize(size).save(file, "JPEG")
+        reading = seconds(functools.partial(digits.read_digits, [file]))
+        print(f"read_digits, a JPEG of {size[0]}x{size[1]}: {1_000 * reading:.1f} ms")
 
 
-def train_on_few(path: Path, validation_size: int) -> None:
+def photograph(image: Tensor, kind: str, chance: np.random.Generator) -> Image.Image:
+    """One of MNIST's images, (N, N) uint8, drawn large and with random margins on paper."""
+    side = round(28 * chance.uniform(6, 12))
+    large = Image.fromarray(image.numpy()).resize((side, side), Image.Resampling.BICUBIC)
+    ink = np.pad(np.asarray(large) / 255, chance.integers(side // 10, side // 2, (2, 2)))
+    y, x = np.indices(ink.shape) / max(ink.shape) - 0.5
+    lines = np.minimum((y + x / 20) % 0.15, (x - y / 20) % 0.15)[..., None] < 0.006
+    paper = np.where(lines & ("squared" in kind), [0.62, 0.72, 0.85], 0.95)
+    pen = chance.uniform(0, 0.6, 3) if kind == "coloured pen" else 0.1
+    picture = paper + (pen - paper) * ink[..., None]
+    angle = chance.uniform(0, 2 * math.pi)
+    along = (x * math.cos(angle) + y * math.sin(angle))[..., None]  # about -0.5 to 0.5
+    picture = KINDS[kind](picture, along, chance.normal(0, 0.1, picture.shape))
+    return Image.fromarray((255 * picture.clip(0, 1)).astype(np.uint8))
+
+
+def report(name: str, probabilities: Tensor, labels: Tensor) -> None:
+    """Print accuracy and expected calibration error, in 15 bins (Guo et al., 2017), in percent."""
+    confidence, guesses = probabilities.max(1)
+    right = (guesses == labels).float()
+    gaps = torch.zeros(16).index_add(0, (15 * confidence).long(), confidence - right).abs()
+    error = 100 * gaps.sum() / len(labels)
+    print(f"{name}: {100 * right.mean():.2f} %, calibration error {error:.2f} %", flush=True)
+
+
+def pictures(params: HyperParameters) -> None:
+    """Print how well the shipped model reads other people's digits, and photos by their kind."""
+    from sklearn.datasets import load_digits  # 1,797 of 8x8 pixels, by 43 people
+
+    model, chance = mnist_cnn.load_checkpoint(CHECKPOINT, params), np.random.default_rng(0)
+    images, labels = mnist_cnn.load_images(params, train=False)
+    report("MNIST's test images", mnist_cnn.classify(model, images), labels)
+    others = load_digits()
+    images = torch.from_numpy(255 / 16 * others.images).byte()
+    files = [photograph(image, "clean", chance) for image in images]
+    labels = torch.from_numpy(others.target)
+    report("load_digits", mnist_cnn.predict_digits(model, files)[1], labels)
+    _, (images, labels), _ = mnist_cnn.load_splits(params, mnist_cnn.pick_device(params))
+    for kind in KINDS:
+        files = [photograph(image[0], kind, chance) for image in images[:500]]
+        report(kind, mnist_cnn.predict_digits(model, files)[1], labels[:500])
+
+
+def train_on_few(path: Path) -> None:
     """Start, or resume, a run of ten short epochs in which to be killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     torch.set_num_threads(1)
     torch.manual_seed(0)
     images, labels = torch.randint(256, (640, 1, 28, 28)).byte(), torch.randint(10, (640,))
-    splits = [(images[:size], labels[:size]) for size in (640, validation_size, 64)]
-    mnist_cnn.load_splits = lambda *_: splits
-    params = HyperParameters(num_epochs=10, validation_size=validation_size, device="cpu")
+    mnist_cnn.load_splits = lambda *_: [(images[:size], labels[:size]) for size in (640, 64, 64)]
+    params = HyperParameters(num_epochs=10, device="cpu")
     with redirect_stdout(StringIO()):
         mnist_cnn.train_model(params, path, resume=path.with_name(f"{path.name}.resume").exists())
 
 
-def run_for(limit: float | None, path: Path, held_out: int) -> float:
+def run_for(limit: float | None, path: Path) -> float:
     """The seconds until train_on_few, forked to start at once, ended or was killed at the limit."""
     start = default_timer()
-    run = multiprocessing.get_context("fork").Process(target=train_on_few, args=(path, held_out))
+    run = multiprocessing.get_context("fork").Process(target=train_on_few, args=(path,))
     run.start()
     try:
         run.join(limit)
@@ -227,15 +257,15 @@ def run_for(limit: float | None, path: Path, held_out: int) -> float:
     return default_timer() - start
 
 
-def kill_runs(validation_size: int) -> None:
+def torture() -> None:
     """SIGKILL runs at random moments, resume them, and compare with a run left in peace."""
     with TemporaryDirectory() as folder:
         path, whole = Path(folder, "killed.pth"), Path(folder, "whole.pth")
-        duration = run_for(None, whole, validation_size)
+        duration = run_for(None, whole)
         expected = mnist_cnn.load(whole)
         kills = finished = 0
-        while kills < KILLS // 2 or Path(folder, "killed.pth.resume").exists():
-            run_for(random.uniform(0, duration), path, validation_size)
+        while kills < KILLS or Path(folder, "killed.pth.resume").exists():
+            run_for(random.uniform(0, duration), path)
             if path.exists():  # only a run that came to its end makes it
                 torch.testing.assert_close(mnist_cnn.load(path), expected, rtol=0, atol=0)
                 path.unlink()
@@ -245,46 +275,24 @@ def kill_runs(validation_size: int) -> None:
     print(f"{kills} runs killed: no file damaged; {finished} resumed to the end, the same weights")
 
 
-def damage_files() -> None:
-    """Load damaged checkpoints: each is refused, or has all the right weights."""
-    content, expected = CHECKPOINT.read_bytes(), mnist_cnn.load(CHECKPOINT)
-    refused = 0
-    with TemporaryDirectory() as folder:
-        path = Path(folder, "damaged.pth")
-        for _ in range(DAMAGED_FILES):
-            start, end = sorted(random.choices(range(len(content)), k=2))
-            noise = random.randbytes(random.randint(1, 8))
-            rest = content[start:]
-            tails = [b"", content[end + 1 :], noise + rest, noise + rest[len(noise) :]]
-            path.write_bytes(content[:start] + random.choice(tails))
-            try:
-                model = mnist_cnn.load_checkpoint(path, HyperParameters(device="cpu"))
-            except ValueError:
-                refused += 1
-            else:
-                torch.testing.assert_close(dict(model.state_dict()), expected, rtol=0, atol=0)
-    print(f"{refused:,} of {DAMAGED_FILES:,} damaged files refused; the others: the right weights")
-
-
 def main() -> int:
     os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # it cleans up after ended workers
     parser = ArgumentParser(formatter_class=ArgumentDefaultsHelpFormatter)
-    parser.add_argument("measurement", choices=["seeds", "speed", "torture"])
+    parser.add_argument("measurement", choices=["seeds", "speed", "pictures", "torture"])
     parser.add_argument("--n", type=int, default=10, help="number of seeds")
-    parser.add_argument("--loop", choices=["module", "straightforward"], default="module")
     parser.add_argument("--results", type=Path, default="seeds.jsonl", help="keeps trained seeds")
     mnist_cnn.add_flags(parser)
     flags = vars(parser.parse_args())
-    measurement, n, loop, path = map(flags.pop, ("measurement", "n", "loop", "results"))
+    measurement, n, path = map(flags.pop, ("measurement", "n", "results"))
     try:
         params = HyperParameters(**flags)
         if measurement == "seeds":
-            seeds(params, n, path, loop)
+            seeds(params, n, path)
+        elif measurement == "pictures":
+            pictures(params)
         elif measurement == "torture":
             mnist_cnn.Run(HyperParameters(), torch.device("cpu"), 1)  # imports the rest of torch
-            kill_runs(validation_size=0)
-            kill_runs(validation_size=64)
-            damage_files()
+            torture()
         else:
             speed(params)
     except (OSError, ValueError, FloatingPointError) as error:

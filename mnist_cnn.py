@@ -24,6 +24,7 @@ import signal
 import socket
 import sys
 import tempfile
+import warnings
 import zipfile
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -61,9 +62,7 @@ class HyperParameters:
     dropout_rate: float = setting(0.25, "share of activations zeroed; falls to 0")
     random_seed: int = setting(42, "seeds weights, shuffle, warp and dropout")
     peak_factor: float = setting(10.0, "highest learning rate / learning_rate")
-    max_rotation: float = setting(10.0, "augmentation: degrees, either way")
-    max_shift: float = setting(2.0, "augmentation: pixels, along each axis")
-    max_scaling: float = setting(0.1, "augmentation: share of size, up or down")
+    augmentation: float = setting(1.0, "strength of the random warp; 0: none")
     validation_size: int = setting(5_000, "training images that choose the epoch")
     synthetic: bool = setting(False, "digits drawn in fonts in place of MNIST")
     device: str = setting("auto", "cpu, cuda, cuda:1, mps, ...; auto: the fastest")
@@ -88,9 +87,7 @@ class HyperParameters:
             ("dropout_rate", "0 or more, and less than 1", 0 <= self.dropout_rate < 1),
             ("random_seed", "from 0 to 4,294,967,295", 0 <= self.random_seed < 2**32),
             ("peak_factor", "1 or more, and finite", 1 <= self.peak_factor < math.inf),
-            ("max_rotation", "from 0 to 180", 0 <= self.max_rotation <= 180),
-            ("max_shift", "from 0 to 28", 0 <= self.max_shift <= 28),
-            ("max_scaling", "0 or more, and less than 1", 0 <= self.max_scaling < 1),
+            ("augmentation", "from 0 to 6", 0 <= self.augmentation <= 6),
             ("validation_size", "from 0 to 59,999", 0 <= self.validation_size < 60_000),
             ("precision", "auto or float32", self.precision in ("auto", "float32")),
         ):
@@ -170,14 +167,19 @@ def normalize(images: Tensor) -> Tensor:
 
 
 def augment(images: Tensor, params: HyperParameters) -> Tensor:
-    """Rotate, scale and shift each image (N, 1, 28, 28) at random, all in one bilinear warp."""
-    uniform = torch.rand(4, len(images), device=images.device) * 2 - 1
-    angle = math.radians(params.max_rotation) * uniform[0]
-    size = 1 + params.max_scaling * uniform[1]
-    dx, dy = params.max_shift / 14 * uniform[2:]  # affine_grid's unit is half an image
+    """Rotate, scale, stretch, slant and shift each image (N, 1, 28, 28) at random, in one pass."""
+    uniform = torch.rand(6, len(images), device=images.device) * 2 - 1
+    strength = params.augmentation
+    angle = math.radians(15 * strength) * uniform[0]
+    size = 1 + 0.15 * strength * uniform[1]
+    stretch = (1 + 0.12 * strength) ** uniform[2]  # of the width, and the height shrinks
+    shear = 0.25 * strength * uniform[3]
+    dx, dy = 2 * strength / 14 * uniform[4:]  # pixels; affine_grid's unit is half an image
     # The matrix leads from a pixel of the result back to its source: a larger size divides.
     cos, sin = angle.cos() / size, angle.sin() / size
-    matrix = torch.stack([cos, -sin, dx, sin, cos, dy], dim=1).view(-1, 2, 3)
+    to_x = [cos * stretch, (cos * shear - sin) / stretch, dx]
+    to_y = [sin * stretch, (sin * shear + cos) / stretch, dy]
+    matrix = torch.stack([*to_x, *to_y], dim=1).view(-1, 2, 3)
     grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
     return F.grid_sample(images.float(), grid, align_corners=False)
 
@@ -580,15 +582,22 @@ def load_and_evaluate_model(model_path: StrPath, params: HyperParameters) -> tup
     return model, accuracy
 
 
+def classify(model: nn.Module, images: Tensor) -> Tensor:
+    """(N, 10) probabilities, by the mean logits of each image and its 8 shifts by one pixel."""
+    steps = (-1, 0, 1)
+    shifted = [images.roll((down, right), (2, 3)) for down in steps for right in steps]
+    return torch.stack([infer(model, batch) for batch in shifted]).mean(0).softmax(1).cpu()
+
+
 def predict_digits(model: nn.Module, pictures: Any) -> tuple[Tensor, Tensor]:
     """Classify pictures of one handwritten digit each: what digits.read_digits takes.
 
     Returns the digits (N,) int64, and the probabilities (N, 10) float32. OSError, ValueError: a
-    picture, which is named, cannot be read.
+    picture, which is named, cannot be read. Warns of pictures of several digits.
     """
     from digits import read_digits
 
-    probabilities = infer(model, read_digits(pictures)).softmax(1).cpu()
+    probabilities = classify(model, read_digits(pictures))
     return probabilities.argmax(1), probabilities
 
 
@@ -635,23 +644,28 @@ def train(params: HyperParameters, checkpoint: Path, resume: bool) -> None:
 
 def predict(params: HyperParameters, checkpoint: Path, files: list[str], as_json: bool) -> int:
     """Print a line a file; 2 if one of them could not be classified, else 0."""
-    from digits import read_digit
+    from digits import read_digits
 
     model = load_checkpoint(checkpoint, params)
-    status = 0
-    for name in files:
-        try:
-            image = read_digit(getattr(sys.stdin, "buffer", None) if name == "-" else name, name)
-        except (OSError, ValueError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            status = 2
-            continue
-        (probabilities,) = infer(model, image).softmax(1).cpu()
+    names, images = [], [read_digits([])]
+    with (
+        warnings.catch_warnings(),
+        tqdm(files, "Reading", delay=1, leave=False, disable=None) as bar,
+    ):
+        warnings.showwarning = lambda message, *_: bar.write(f"warning: {message}", sys.stderr)
+        for name in bar:
+            try:
+                file = getattr(sys.stdin, "buffer", None) if name == "-" else name
+                images.append(read_digits([file]))
+                names.append(name)
+            except (OSError, ValueError) as error:
+                bar.write(f"error: {error}", sys.stderr)
+    for name, probabilities in zip(names, classify(model, torch.cat(images)), strict=True):
         (best, second), (digit, other) = (top.tolist() for top in probabilities.topk(2))
         line = f"{name}: {digit} ({100 * best:.1f}%), or {other} ({100 * second:.1f}%)"
         result = {"file": name, "digit": digit, "probabilities": probabilities.tolist()}
         print(json.dumps(result) if as_json else line)
-    return status
+    return 0 if len(names) == len(files) else 2
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -23,6 +23,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from scipy.ndimage import affine_transform
 from torch import Tensor, nn
 
 import digits
@@ -164,9 +165,9 @@ def test_defaults_are_those_of_the_reference():
 
 
 def test_numpy_numbers_and_paths_are_taken_for_what_they_are():
-    given = {"num_epochs": np.int64(5), "learning_rate": np.float32(0.5), "max_shift": 1}
+    given = {"num_epochs": np.int64(5), "learning_rate": np.float32(0.5), "augmentation": 1}
     params = HyperParameters(**given, data_dir=Path("there"))
-    expected = {"num_epochs": 5, "learning_rate": 0.5, "max_shift": 1.0, "data_dir": "there"}
+    expected = {"num_epochs": 5, "learning_rate": 0.5, "augmentation": 1.0, "data_dir": "there"}
     assert repr(params) == repr(HyperParameters(**expected))
 
 
@@ -177,9 +178,7 @@ WRONG = {
     "dropout_rate": (-0.1, 1.0),
     "random_seed": (-1, 2**32),
     "peak_factor": (0.5, math.inf),
-    "max_rotation": (-1.0, 181.0),
-    "max_shift": (-1.0, 29.0),
-    "max_scaling": (-0.1, 1.0),
+    "augmentation": (-0.1, 6.1),
     "validation_size": (-1, 60_000),
     "synthetic": (1,),
     "precision": ("float16",),
@@ -214,22 +213,23 @@ def test_validation_split_is_apart_from_training_and_from_the_seed(params):
     assert images.long().sum() + held_out.long().sum() == whole.long().sum()
 
 
-@pytest.mark.parametrize("sign", [-1, 1])
-def test_augment_at_its_bounds_is_torchvisions_affine(params, monkeypatch, sign):
-    from torchvision.transforms.functional import InterpolationMode, affine
-
-    images = mnist_cnn.load_images(params, train=False)[0][:50].float()
-    monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.full(size, (sign + 1) / 2))
-    still = HyperParameters(max_rotation=0.0, max_shift=0.0, max_scaling=0.0)
-    for field, expected in (
-        ("max_rotation", {"angle": -10.0 * sign}),
-        ("max_shift", {"translate": [-2 * sign] * 2}),
-        ("max_scaling", {"scale": 1 + 0.1 * sign}),
-    ):
-        warped = mnist_cnn.augment(images, replace(still, **{field: getattr(params, field)}))
-        motion = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]} | expected
-        expected = affine(images, interpolation=InterpolationMode.BILINEAR, **motion)
-        torch.testing.assert_close(warped, expected, rtol=0, atol=0.01)
+@pytest.mark.parametrize("chances", [*np.eye(6), *-np.eye(6), [0.5, -1, 1, -0.7, 0.3, 1]], ids=str)
+def test_augment_is_scipys_affine_transform(params, monkeypatch, chances):
+    images = mnist_cnn.load_images(params, train=False)[0][:5].float()
+    uniform = (torch.tensor(chances).float()[:, None] + 1) / 2
+    monkeypatch.setattr(torch, "rand", lambda *size, **_: uniform.expand(size))
+    turn, size, stretch, shear, *shift = chances * np.array([math.pi / 12, 0.15, 1, 0.25, 2, 2])
+    turned = [[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]]  # (y, x)
+    matrix = (
+        np.array(turned) @ [[1, 0], [shear, 1]] @ np.diag(1.12 ** np.array([-stretch, stretch]))
+    )
+    matrix /= 1 + size
+    offset = np.array(shift[::-1]) + 13.5 - matrix @ [13.5, 13.5]
+    for image, warped in zip(images, mnist_cnn.augment(images, params), strict=True):
+        expected = affine_transform(image[0], matrix, offset, order=1, mode="grid-constant")
+        np.testing.assert_allclose(warped[0], expected, atol=0.01)
+    unchanged = mnist_cnn.augment(images, replace(params, augmentation=0))
+    torch.testing.assert_close(unchanged, images, rtol=0, atol=0.01)
 
 
 def copy_of_mnist(params, folder):
@@ -535,8 +535,9 @@ def in_processes(count: int, work: Callable[..., None], *arguments: object) -> N
 def save_gradients(rank: int, count: int, folder: Path) -> None:
     """Of one step on 61 images, without what processes do apart: warp, dropout, BatchNorm."""
     join(rank, count, folder)
-    still = {"max_rotation": 0.0, "max_shift": 0.0, "max_scaling": 0.0, "dropout_rate": 0.0}
-    params = HyperParameters(batch_size=61, device="cpu", precision="float32", **still)
+    params = HyperParameters(
+        batch_size=61, device="cpu", precision="float32", augmentation=0.0, dropout_rate=0.0
+    )
     run = mnist_cnn.Run(params, torch.device("cpu"), num_images=61)
     for layer in run.model.modules():
         if isinstance(layer, nn.BatchNorm2d):
