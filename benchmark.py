@@ -218,7 +218,7 @@ def pictures(params: HyperParameters) -> None:
 
     model, chance = mnist_cnn.load_checkpoint(CHECKPOINT, params), np.random.default_rng(0)
     images, labels = mnist_cnn.load_images(params, train=False)
-    report("MNIST's test images", mnist_cnn.classify(model, images), labels)
+    report("MNIST's test images", mnist_cnn.predict_digits(model, images)[1], labels)
     others = load_digits()
     images = torch.from_numpy(255 / 16 * others.images).byte()
     files = [photograph(image, "clean", chance) for image in images]

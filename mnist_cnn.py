@@ -41,6 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import OneCycleLR
+from torchsummary import summary
 from tqdm.auto import tqdm
 
 import plots
@@ -166,10 +167,9 @@ def normalize(images: Tensor) -> Tensor:
     return (images.float() / 255 - 0.1307) / 0.3081
 
 
-def augment(images: Tensor, params: HyperParameters) -> Tensor:
+def augment(images: Tensor, strength: float) -> Tensor:
     """Rotate, scale, stretch, slant and shift each image (N, 1, 28, 28) at random, in one pass."""
     uniform = torch.rand(6, len(images), device=images.device) * 2 - 1
-    strength = params.augmentation
     angle = math.radians(15 * strength) * uniform[0]
     size = 1 + 0.15 * strength * uniform[1]
     stretch = (1 + 0.12 * strength) ** uniform[2]  # of the width, and the height shrinks
@@ -352,7 +352,7 @@ def train_epoch(run: Run, training_set: Split, params: HyperParameters) -> tuple
     with tqdm(batches, f"Epoch {epoch}/{params.num_epochs}", disable=not watched) as bar:
         for step, batch in enumerate(bar, start=1):
             share = batch[rank() :: world_size()]
-            warped = normalize(augment(images[share], params))
+            warped = normalize(augment(images[share], params.augmentation))
             with autocast:
                 logits = run.model(warped)
                 loss = F.cross_entropy(logits, labels[share], reduction="sum")
@@ -582,22 +582,19 @@ def load_and_evaluate_model(model_path: StrPath, params: HyperParameters) -> tup
     return model, accuracy
 
 
-def classify(model: nn.Module, images: Tensor) -> Tensor:
-    """(N, 10) probabilities, by the mean logits of each image and its 8 shifts by one pixel."""
-    steps = (-1, 0, 1)
-    shifted = [images.roll((down, right), (2, 3)) for down in steps for right in steps]
-    return torch.stack([infer(model, batch) for batch in shifted]).mean(0).softmax(1).cpu()
-
-
 def predict_digits(model: nn.Module, pictures: Any) -> tuple[Tensor, Tensor]:
     """Classify pictures of one handwritten digit each: what digits.read_digits takes.
 
     Returns the digits (N,) int64, and the probabilities (N, 10) float32. OSError, ValueError: a
-    picture, which is named, cannot be read. Warns of pictures of several digits.
+    picture, which is named, cannot be read. Warns of several digits on a picture.
     """
     from digits import read_digits
 
-    probabilities = classify(model, read_digits(pictures))
+    images = read_digits(pictures)
+    # Shifted by a pixel, too: the mean of nine answers is wrong less often than one.
+    shifted = [images.roll((down, right), (2, 3)) for down in (-1, 0, 1) for right in (-1, 0, 1)]
+    logits = torch.stack([infer(model, batch) for batch in shifted]).mean(0)
+    probabilities = logits.softmax(1).cpu()
     return probabilities.argmax(1), probabilities
 
 
@@ -628,8 +625,6 @@ def report_mistakes(model: nn.Module, checkpoint: Path, params: HyperParameters)
 
 
 def train(params: HyperParameters, checkpoint: Path, resume: bool) -> None:
-    from torchsummary import summary
-
     if params.synthetic and checkpoint == CHECKPOINT:
         checkpoint = Path("synthetic_model.pth")
     join_processes(params)
@@ -648,19 +643,15 @@ def predict(params: HyperParameters, checkpoint: Path, files: list[str], as_json
 
     model = load_checkpoint(checkpoint, params)
     names, images = [], [read_digits([])]
-    with (
-        warnings.catch_warnings(),
-        tqdm(files, "Reading", delay=1, leave=False, disable=None) as bar,
-    ):
-        warnings.showwarning = lambda message, *_: bar.write(f"warning: {message}", sys.stderr)
-        for name in bar:
-            try:
-                file = getattr(sys.stdin, "buffer", None) if name == "-" else name
-                images.append(read_digits([file]))
-                names.append(name)
-            except (OSError, ValueError) as error:
-                bar.write(f"error: {error}", sys.stderr)
-    for name, probabilities in zip(names, classify(model, torch.cat(images)), strict=True):
+    for name in tqdm(files, "Reading", delay=1, leave=False, disable=None):
+        try:
+            file = getattr(sys.stdin, "buffer", None) if name == "-" else name
+            images.append(read_digits([file]))
+            names.append(name)
+        except (OSError, ValueError) as error:
+            tqdm.write(f"error: {error}", sys.stderr)
+    _, results = predict_digits(model, torch.cat(images))
+    for name, probabilities in zip(names, results, strict=True):
         (best, second), (digit, other) = (top.tolist() for top in probabilities.topk(2))
         line = f"{name}: {digit} ({100 * best:.1f}%), or {other} ({100 * second:.1f}%)"
         result = {"file": name, "digit": digit, "probabilities": probabilities.tolist()}
@@ -706,6 +697,7 @@ def stop_on_signal(number: int, _: object) -> None:
 
 
 if __name__ == "__main__":
+    warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}", sys.stderr)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):

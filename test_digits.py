@@ -197,6 +197,18 @@ def test_a_closed_standard_input_is_named(tmp_path, monkeypatch, capsys):
     assert re.fullmatch("error: .* not a picture\n", capsys.readouterr().err)
 
 
+def test_the_demo_answers_a_drawing_and_an_empty_page(some_digits, monkeypatch):
+    monkeypatch.chdir(MODULE.parent)
+    from demo import recognize
+
+    drawing = Image.fromarray(scanned(some_digits[0][0])).convert("RGBA")
+    probabilities, seen = recognize({"composite": drawing})
+    assert max(probabilities, key=probabilities.get) == "7"
+    assert np.array_equal(seen.reduce(10), digits.read_digits(drawing)[0, 0])
+    empty = {"composite": Image.new("RGBA", (800, 800))}
+    assert recognize(empty) == ("blank: nothing is written on it", None)
+
+
 def test_synthetic_digits_are_like_mnist(shipped):
     images, labels = digits.draw_digits(2_000, seed=0)
     assert (images.shape, images.dtype) == ((2_000, 1, 28, 28), torch.uint8)
