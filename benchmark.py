@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import multiprocessing
-import os
 import random
 import signal
 import sys
@@ -43,7 +42,6 @@ from mnist_cnn import EpochMetrics, HyperParameters, TinyCNN
 
 CHECKPOINT = Path(__file__).resolve().with_name("best_mnist_model.pth")
 ROUNDS = 5
-KILLS = 100
 spawn = multiprocessing.get_context("spawn")  # a forked process could not use CUDA
 KINDS: dict[str, Callable[..., Any]] = {  # of photos (H, W, 3) in 0..1
     "clean": lambda photo, along, noise: photo,
@@ -72,16 +70,14 @@ def straightforward(params: HyperParameters, images: Tensor, labels: Tensor) -> 
     model = TinyCNN(params.dropout_rate).to(images.device).to(memory_format=torch.contiguous_format)
     optimizer = torch.optim.Adam(model.parameters(), lr=params.learning_rate)
     for _ in range(params.num_epochs):
-        loss_sum, correct = 0.0, 0
-        for images, labels in loader:
-            images, labels = images.to(labels.device), labels.to(images.device)
+        loss_sum = 0.0
+        for batch, answers in loader:
             optimizer.zero_grad()
-            logits = model(images)
-            loss = torch.nn.functional.cross_entropy(logits, labels)
+            logits = model(batch.to(images.device))
+            loss = torch.nn.functional.cross_entropy(logits, answers.to(images.device))
             loss.backward()
             optimizer.step()
             loss_sum += loss.item()
-            correct += (logits.argmax(dim=1) == labels).sum().item()
         yield
 
 
@@ -101,12 +97,11 @@ def train_seed(params: HyperParameters) -> dict[str, Any]:
 
 def train_seeds(runs: list[HyperParameters], path: Path) -> Iterator[dict[str, Any]]:
     """Side by side, but for those in the file; each is appended to it as it ends."""
-    known = {}
-    for n, line in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
-        try:
-            known[str(json.loads(line)["run"])] = json.loads(line)
-        except (KeyError, TypeError, ValueError) as e:
-            raise ValueError(f"{path}, line {n}: not a result of this program: delete it") from e
+    results = path.read_text().splitlines() if path.exists() else []
+    try:
+        known = {str(json.loads(line)["run"]): json.loads(line) for line in results}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} has lines that are no results: delete them") from error
     keys = [str(recorded(run)) for run in runs]
     yield from (known[key] for key in keys if key in known)
     missing = [run for run, key in zip(runs, keys, strict=True) if key not in known]
@@ -126,13 +121,15 @@ def seeds(params: HyperParameters, n: int, path: Path) -> None:
     scores = []
     for result in train_seeds(runs, path):
         history = [EpochMetrics(*epoch) for epoch in result["history"]]
-        kept, duration = mnist_cnn.kept_epoch(history), result["seconds"]
-        seed = result["run"]["random_seed"]
-        print(f"seed {seed}, {duration:.0f} s, kept epoch {kept.epoch}: {kept}", flush=True)
+        kept, seed = mnist_cnn.kept_epoch(history), result["run"]["random_seed"]
+        print(
+            f"seed {seed}, {result['seconds']:.0f} s, kept epoch {kept.epoch}: {kept}", flush=True
+        )
         tested = [epoch.test_accuracy for epoch in history]
-        scores.append([kept.validation_accuracy, kept.test_accuracy, tested[-1], *tested])
-    validation, test, last, *by_epoch = zip(*scores, strict=True)
-    for name, column in ("validation", validation), ("test", test), ("test, last epoch", last):
+        scores.append([kept.validation_accuracy, kept.test_accuracy, max(tested), *tested])
+    validation, test, best, *by_epoch = zip(*scores, strict=True)
+    rows = {"validation": validation, "test": test, "test, last epoch": by_epoch[-1]}
+    for name, column in (rows | {"as others count, test, best test epoch": best}).items():
         sd = math.nan if n == 1 or math.isnan(column[0]) else stdev(column)
         span = f"{min(column):.2f} to {max(column):.2f} %, {n} seeds"
         print(f"{name}: {mean(column):.3f} ± {sd:.3f} % (mean ± sd), {span}")
@@ -257,14 +254,15 @@ def run_for(limit: float | None, path: Path) -> float:
     return default_timer() - start
 
 
-def torture() -> None:
+def torture(params: HyperParameters) -> None:
     """SIGKILL runs at random moments, resume them, and compare with a run left in peace."""
+    mnist_cnn.Run(params, torch.device("cpu"), 1)  # imports the rest of torch, for all forks
     with TemporaryDirectory() as folder:
         path, whole = Path(folder, "killed.pth"), Path(folder, "whole.pth")
         duration = run_for(None, whole)
         expected = mnist_cnn.load(whole)
         kills = finished = 0
-        while kills < KILLS or Path(folder, "killed.pth.resume").exists():
+        while kills < 100 or Path(folder, "killed.pth.resume").exists():
             run_for(random.uniform(0, duration), path)
             if path.exists():  # only a run that came to its end makes it
                 torch.testing.assert_close(mnist_cnn.load(path), expected, rtol=0, atol=0)
@@ -276,7 +274,6 @@ def torture() -> None:
 
 
 def main() -> int:
-    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # it cleans up after ended workers
     parser = ArgumentParser(formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("measurement", choices=["seeds", "speed", "pictures", "torture"])
     parser.add_argument("--n", type=int, default=10, help="number of seeds")
@@ -288,13 +285,8 @@ def main() -> int:
         params = HyperParameters(**flags)
         if measurement == "seeds":
             seeds(params, n, path)
-        elif measurement == "pictures":
-            pictures(params)
-        elif measurement == "torture":
-            mnist_cnn.Run(HyperParameters(), torch.device("cpu"), 1)  # imports the rest of torch
-            torture()
         else:
-            speed(params)
+            {"speed": speed, "pictures": pictures, "torture": torture}[measurement](params)
     except (OSError, ValueError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

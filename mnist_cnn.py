@@ -142,9 +142,8 @@ def load_images(params: HyperParameters, train: bool) -> Split:
     for name in list(MNIST_FILES)[:2] if train else list(MNIST_FILES)[2:]:
         path = raw / name if (raw / name).exists() else raw / f"{name}.gz"
         content = path.read_bytes()
-        if path.suffix == ".gz":
-            with contextlib.suppress(Exception):  # the check sum tells
-                content = gzip.decompress(content)
+        with contextlib.suppress(Exception):  # the check sum tells
+            content = gzip.decompress(content) if path.suffix == ".gz" else content
         if hashlib.md5(content, usedforsecurity=False).hexdigest() != MNIST_FILES[name]:
             raise ValueError(f"{path} is damaged: delete it, and the next run downloads it again")
         tensors.append(torch.frombuffer(bytearray(content), dtype=torch.uint8))
@@ -277,10 +276,10 @@ class EpochMetrics(NamedTuple):
     learning_rate: float  # at the epoch's end
 
     def __str__(self) -> str:
-        parts = [f"Loss: {self.loss:.4f}", f"Train Acc: {self.train_accuracy:.2f}%"]
-        if not math.isnan(self.validation_accuracy):
-            parts.append(f"Val Acc: {self.validation_accuracy:.2f}%")
-        return ", ".join([*parts, f"Test Acc: {self.test_accuracy:.2f}%"])
+        trained = f"Loss: {self.loss:.4f}, Train Acc: {self.train_accuracy:.2f}%"
+        held_out = self.validation_accuracy
+        validated = "" if math.isnan(held_out) else f", Val Acc: {held_out:.2f}%"
+        return f"{trained}{validated}, Test Acc: {self.test_accuracy:.2f}%"
 
 
 def kept_epoch(history: list[EpochMetrics]) -> EpochMetrics:
@@ -374,8 +373,7 @@ def means(sums: Tensor, num_images: int) -> tuple[float, float]:
     totals = sums.clone()
     add_up([totals])
     loss, correct = totals.tolist()  # divided in Python: a float32 prints 89.0799999 for 89.08
-    count = num_images or math.nan
-    return loss / count, 100 * correct / count
+    return loss / (num_images or math.nan), 100 * correct / (num_images or math.nan)
 
 
 def infer(model: nn.Module, images: Tensor) -> Tensor:
@@ -577,8 +575,7 @@ def load_and_evaluate_model(model_path: StrPath, params: HyperParameters) -> tup
     """
     model = load_checkpoint(model_path, params)
     _, accuracy = evaluate_model(model, *load_images(params, train=False))
-    digits = " of synthetic digits" if params.synthetic else ""
-    print(f"Current test accuracy: {accuracy:.2f}%{digits}")
+    print(f"Current test accuracy: {accuracy:.2f}%{' of synthetic digits' * params.synthetic}")
     return model, accuracy
 
 
@@ -593,8 +590,7 @@ def predict_digits(model: nn.Module, pictures: Any) -> tuple[Tensor, Tensor]:
     images = read_digits(pictures)
     # Shifted by a pixel, too: the mean of nine answers is wrong less often than one.
     shifted = [images.roll((down, right), (2, 3)) for down in (-1, 0, 1) for right in (-1, 0, 1)]
-    logits = torch.stack([infer(model, batch) for batch in shifted]).mean(0)
-    probabilities = logits.softmax(1).cpu()
+    probabilities = torch.stack([infer(model, batch) for batch in shifted]).mean(0).softmax(1).cpu()
     return probabilities.argmax(1), probabilities
 
 
@@ -650,8 +646,7 @@ def predict(params: HyperParameters, checkpoint: Path, files: list[str], as_json
             names.append(name)
         except (OSError, ValueError) as error:
             tqdm.write(f"error: {error}", sys.stderr)
-    _, results = predict_digits(model, torch.cat(images))
-    for name, probabilities in zip(names, results, strict=True):
+    for name, probabilities in zip(names, predict_digits(model, torch.cat(images))[1], strict=True):
         (best, second), (digit, other) = (top.tolist() for top in probabilities.topk(2))
         line = f"{name}: {digit} ({100 * best:.1f}%), or {other} ({100 * second:.1f}%)"
         result = {"file": name, "digit": digit, "probabilities": probabilities.tolist()}
