@@ -3,7 +3,7 @@
 python mnist_cnn.py                     train, save best_mnist_model.pth, draw the curves
 python mnist_cnn.py --num-epochs 5      every field of HyperParameters is a flag: see --help
 python mnist_cnn.py --resume            carry on after Ctrl-C, a crash or a power failure
-python mnist_cnn.py --synthetic         try it without MNIST, on digits drawn in fonts
+python mnist_cnn.py --synthetic         try it without MNIST, on digits drawn in a font
 python mnist_cnn.py evaluate            test accuracy of best_mnist_model.pth, by digit
 python mnist_cnn.py predict photo.jpg   which digit is on a picture of your own
 torchrun --nproc-per-node=2 mnist_cnn.py    train with two processes, or on two GPUs
@@ -65,7 +65,7 @@ class HyperParameters:
     peak_factor: float = setting(10.0, "highest learning rate / learning_rate")
     augmentation: float = setting(1.0, "strength of the random warp; 0: none")
     validation_size: int = setting(5_000, "training images that choose the epoch")
-    synthetic: bool = setting(False, "digits drawn in fonts in place of MNIST")
+    synthetic: bool = setting(False, "digits drawn in a font in place of MNIST")
     device: str = setting("auto", "cpu, cuda, cuda:1, mps, ...; auto: the fastest")
     precision: str = setting("auto", "of training: float32; auto: the CPU's fastest")
     data_dir: str = field(
