@@ -287,7 +287,7 @@ def main() -> int:
             seeds(params, n, path)
         else:
             {"speed": speed, "pictures": pictures, "torture": torture}[measurement](params)
-    except (OSError, ValueError, FloatingPointError) as error:
+    except (ImportError, OSError, ValueError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
