@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import multiprocessing
+import os
 import random
 import signal
 import sys
@@ -216,11 +217,10 @@ def pictures(params: HyperParameters) -> None:
     model, chance = mnist_cnn.load_checkpoint(CHECKPOINT, params), np.random.default_rng(0)
     images, labels = mnist_cnn.load_images(params, train=False)
     report("MNIST's test images", mnist_cnn.predict_digits(model, images)[1], labels)
-    others = load_digits()
-    images = torch.from_numpy(255 / 16 * others.images).byte()
+    pixels, target = load_digits(return_X_y=True)
+    images = torch.from_numpy(255 / 16 * pixels).byte().view(-1, 8, 8)
     files = [photograph(image, "clean", chance) for image in images]
-    labels = torch.from_numpy(others.target)
-    report("load_digits", mnist_cnn.predict_digits(model, files)[1], labels)
+    report("load_digits", mnist_cnn.predict_digits(model, files)[1], torch.from_numpy(target))
     _, (images, labels), _ = mnist_cnn.load_splits(params, mnist_cnn.pick_device(params))
     for kind in KINDS:
         files = [photograph(image[0], kind, chance) for image in images[:500]]
@@ -274,6 +274,7 @@ def torture(params: HyperParameters) -> None:
 
 
 def main() -> int:
+    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # it cleans up after ended workers
     parser = ArgumentParser(formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("measurement", choices=["seeds", "speed", "pictures", "torture"])
     parser.add_argument("--n", type=int, default=10, help="number of seeds")
@@ -291,7 +292,6 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
         return 130
     return 0
 

@@ -12,7 +12,7 @@ from scipy import ndimage
 from torch import Tensor
 
 PATH = (str, os.PathLike)
-SIDE = 200  # pixels; a file with more along both sides is shrunk
+SIDE = 200  # pixels: a file is shrunk to about this along its shorter side
 
 
 def read_grey(picture: Any) -> np.ndarray:
@@ -27,7 +27,7 @@ def read_grey(picture: Any) -> np.ndarray:
         picture.draft("L", (SIDE, SIDE))  # a large JPEG is decoded at an eighth of its size
         picture = ImageOps.exif_transpose(picture)  # photos may lie on their side
         if picture.mode[0] not in "IF":  # those have no colour, but more than 8 bits
-            picture = picture.convert("RGBA").reduce(max(1, min(picture.size) // SIDE))
+            picture = picture.convert("RGBA").reduce(max(1, round(min(picture.size) / SIDE)))
     if isinstance(picture, Tensor):
         picture = picture.detach().cpu().float()
     values = np.atleast_3d(np.asarray(picture, np.float32))
