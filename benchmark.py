@@ -71,14 +71,13 @@ def straightforward(params: HyperParameters, images: Tensor, labels: Tensor) -> 
     model = TinyCNN(params.dropout_rate).to(images.device).to(memory_format=torch.contiguous_format)
     optimizer = torch.optim.Adam(model.parameters(), lr=params.learning_rate)
     for _ in range(params.num_epochs):
-        loss_sum = 0.0
         for batch, answers in loader:
             optimizer.zero_grad()
             logits = model(batch.to(images.device))
             loss = torch.nn.functional.cross_entropy(logits, answers.to(images.device))
             loss.backward()
             optimizer.step()
-            loss_sum += loss.item()
+            loss.item()  # for their logs
         yield
 
 
@@ -98,11 +97,14 @@ def train_seed(params: HyperParameters) -> dict[str, Any]:
 
 def train_seeds(runs: list[HyperParameters], path: Path) -> Iterator[dict[str, Any]]:
     """Side by side, but for those in the file; each is appended to it as it ends."""
-    results = path.read_text().splitlines() if path.exists() else []
-    try:
-        known = {str(json.loads(line)["run"]): json.loads(line) for line in results}
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} has lines that are no results: delete them") from error
+    known = {}
+    for n, line in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
+        try:
+            result = json.loads(line)
+            result["history"] = [EpochMetrics(*epoch) for epoch in result["history"]]
+            known[str(result["run"])] = result
+        except (KeyError, TypeError, ValueError) as e:
+            raise ValueError(f"{path}, line {n}: not a result of this program: delete it") from e
     keys = [str(recorded(run)) for run in runs]
     yield from (known[key] for key in keys if key in known)
     missing = [run for run, key in zip(runs, keys, strict=True) if key not in known]
@@ -121,11 +123,9 @@ def seeds(params: HyperParameters, n: int, path: Path) -> None:
     runs = [replace(params, random_seed=params.random_seed + i) for i in range(n)]
     scores = []
     for result in train_seeds(runs, path):
-        history = [EpochMetrics(*epoch) for epoch in result["history"]]
-        kept, seed = mnist_cnn.kept_epoch(history), result["run"]["random_seed"]
-        print(
-            f"seed {seed}, {result['seconds']:.0f} s, kept epoch {kept.epoch}: {kept}", flush=True
-        )
+        history, seed = result["history"], result["run"]["random_seed"]
+        kept, duration = mnist_cnn.kept_epoch(history), result["seconds"]
+        print(f"seed {seed}, {duration:.0f} s, kept epoch {kept.epoch}: {kept}", flush=True)
         tested = [epoch.test_accuracy for epoch in history]
         scores.append([kept.validation_accuracy, kept.test_accuracy, max(tested), *tested])
     validation, test, best, *by_epoch = zip(*scores, strict=True)
