@@ -641,9 +641,8 @@ def predict(params: HyperParameters, checkpoint: Path, files: list[str], as_json
     names, images = [], [read_digits([])]
     for name in tqdm(files, "Reading", delay=1, leave=False, disable=None):
         try:
-            file = getattr(sys.stdin, "buffer", None) if name == "-" else name
-            images.append(read_digits([file]))
-            names.append(name)
+            images += [read_digits([getattr(sys.stdin, "buffer", None) if name == "-" else name])]
+            names += [name]
         except (OSError, ValueError) as error:
             tqdm.write(f"error: {error}", sys.stderr)
     for name, probabilities in zip(names, predict_digits(model, torch.cat(images))[1], strict=True):
