@@ -59,7 +59,7 @@ KINDS: dict[str, Callable[..., Any]] = {  # of photos (H, W, 3) in 0..1
 }
 
 
-def straightforward(params: HyperParameters, images: Tensor, labels: Tensor) -> Iterator[None]:
+def straightforward(params: HyperParameters, images: Tensor, labels: Tensor) -> Iterator[object]:
     """Train as most MNIST scripts do: augmenting nothing, in float32, at one learning rate."""
     from torchvision.datasets import MNIST
     from torchvision.transforms import Compose, Normalize, ToTensor
@@ -78,7 +78,7 @@ def straightforward(params: HyperParameters, images: Tensor, labels: Tensor) -> 
             loss.backward()
             optimizer.step()
             loss.item()  # for their logs
-        yield
+        yield None
 
 
 def recorded(params: HyperParameters) -> dict[str, Any]:
@@ -91,8 +91,11 @@ def train_seed(params: HyperParameters) -> dict[str, Any]:
     torch.set_num_threads(1)  # this network's operators are too small to share
     start = default_timer()
     with TemporaryDirectory() as folder, redirect_stdout(StringIO()) as out, redirect_stderr(out):
-        _, history = mnist_cnn.train_model(params, Path(folder, "model.pth"))
-    return {"run": recorded(params), "seconds": default_timer() - start, "history": history}
+        model, history = mnist_cnn.train_model(params, Path(folder, "model.pth"))
+    result = {"run": recorded(params), "seconds": default_timer() - start, "history": history}
+    images, labels = mnist_cnn.load_images(params, train=False)
+    right = mnist_cnn.predict_digits(model, images)[0] == labels
+    return result | {"averaged": 100 * right.sum().item() / len(labels)}
 
 
 def train_seeds(runs: list[HyperParameters], path: Path) -> Iterator[dict[str, Any]]:
@@ -109,11 +112,10 @@ def train_seeds(runs: list[HyperParameters], path: Path) -> Iterator[dict[str, A
     yield from (known[key] for key in keys if key in known)
     missing = [run for run, key in zip(runs, keys, strict=True) if key not in known]
     cores = torch.get_num_threads() if mnist_cnn.pick_device(runs[0]).type == "cpu" else 1
-    if missing:
-        with path.open("a") as file, spawn.Pool(min(cores, len(missing))) as pool:
-            for result in pool.imap_unordered(train_seed, missing):
-                print(json.dumps(result), file=file, flush=True)
-                yield result
+    with path.open("a") as file, spawn.Pool(min(cores, len(missing)) or 1) as pool:
+        for result in pool.imap_unordered(train_seed, missing):
+            print(json.dumps(result), file=file, flush=True)
+            yield result
 
 
 def seeds(params: HyperParameters, n: int, path: Path) -> None:
@@ -127,10 +129,12 @@ def seeds(params: HyperParameters, n: int, path: Path) -> None:
         kept, duration = mnist_cnn.kept_epoch(history), result["seconds"]
         print(f"seed {seed}, {duration:.0f} s, kept epoch {kept.epoch}: {kept}", flush=True)
         tested = [epoch.test_accuracy for epoch in history]
-        scores.append([kept.validation_accuracy, kept.test_accuracy, max(tested), *tested])
-    validation, test, best, *by_epoch = zip(*scores, strict=True)
+        ours = kept.validation_accuracy, kept.test_accuracy, float(result["averaged"])
+        scores.append([*ours, max(tested), *tested])
+    validation, test, averaged, best, *by_epoch = zip(*scores, strict=True)
     rows = {"validation": validation, "test": test, "test, last epoch": by_epoch[-1]}
-    for name, column in (rows | {"as others count, test, best test epoch": best}).items():
+    rows |= {"test, averaged over shifts": averaged, "as others count, best test epoch": best}
+    for name, column in rows.items():
         sd = math.nan if n == 1 or math.isnan(column[0]) else stdev(column)
         span = f"{min(column):.2f} to {max(column):.2f} %, {n} seeds"
         print(f"{name}: {mean(column):.3f} ± {sd:.3f} % (mean ± sd), {span}")
@@ -146,12 +150,11 @@ def measure(params: HyperParameters, loop: str) -> float:
     """Images a second of training."""
     params, device = replace(params, num_epochs=2), mnist_cnn.pick_device(params)
     images, labels = (part[:12_800].to(device) for part in mnist_cnn.load_images(params, True))
-    epochs: Iterator[object]  # both end by reading numbers: a GPU has finished then, too
-    if loop == "module":
+    if loop == "straightforward":  # both end by reading numbers: a GPU has finished then, too
+        epochs = straightforward(params, images, labels)
+    else:
         run = mnist_cnn.Run(params, device, len(images))
         epochs = (mnist_cnn.train_epoch(run, (images, labels), params) for _ in range(2))
-    else:
-        epochs = straightforward(params, images, labels)
     with redirect_stderr(StringIO()):  # no progress bar
         return len(images) / seconds(epochs.__next__, rounds=1)
 
@@ -165,14 +168,12 @@ def speed(params: HyperParameters) -> None:
         rate = median(measure(params, "module") for _ in range(ROUNDS))
         print(f"{mnist_cnn.world_size()} processes together: {rate:,.0f} images/s")
         return mnist_cnn.leave_processes()
-    loops: dict[str, list[float]] = {"module": [], "straightforward": []}
-    for _ in range(ROUNDS):  # in turn: what slows the machine down slows both
-        for loop, measured in loops.items():
-            with spawn.Pool(1) as pool:
-                measured.append(pool.apply(measure, (params, loop)))
-    for loop, measured in loops.items():
-        print(f"{loop}: {median(measured):,.0f} images/s")
-    ratios = [ours / theirs for ours, theirs in zip(*loops.values(), strict=True)]
+    with spawn.Pool(1, maxtasksperchild=1) as pool:
+        loops = [(params, "module"), (params, "straightforward")]
+        rates = pool.starmap(measure, ROUNDS * loops, chunksize=1)  # in turn: equally disturbed
+    ours, theirs = rates[::2], rates[1::2]
+    print(f"module: {median(ours):,.0f} images/s, straightforward: {median(theirs):,.0f}")
+    ratios = [our / their for our, their in zip(ours, theirs, strict=True)]
     print(f"ratio: {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
     model = mnist_cnn.load_checkpoint(CHECKPOINT, params)
     images, labels = mnist_cnn.load_images(params, train=False)
@@ -206,8 +207,8 @@ def report(name: str, probabilities: Tensor, labels: Tensor) -> None:
     confidence, guesses = probabilities.max(1)
     right = (guesses == labels).float()
     gaps = torch.zeros(16).index_add(0, (15 * confidence).long(), confidence - right).abs()
-    error = 100 * gaps.sum() / len(labels)
-    print(f"{name}: {100 * right.mean():.2f} %, calibration error {error:.2f} %", flush=True)
+    error = gaps.sum() / len(labels)
+    print(f"{name}: {100 * right.mean():.2f} %, calibration error {100 * error:.2f} %", flush=True)
 
 
 def pictures(params: HyperParameters) -> None:
@@ -284,10 +285,9 @@ def main() -> int:
     measurement, n, path = map(flags.pop, ("measurement", "n", "results"))
     try:
         params = HyperParameters(**flags)
-        if measurement == "seeds":
-            seeds(params, n, path)
-        else:
-            {"speed": speed, "pictures": pictures, "torture": torture}[measurement](params)
+        n_seeds: Callable[[HyperParameters], None] = functools.partial(seeds, n=n, path=path)
+        measurements = {"seeds": n_seeds, "speed": speed, "pictures": pictures, "torture": torture}
+        measurements[measurement](params)
     except (ImportError, OSError, ValueError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
