@@ -261,6 +261,7 @@ def copy_buffers_of_first(model: nn.Module) -> None:
 
 StrPath = str | os.PathLike[str]
 CHECKPOINT = Path("best_mnist_model.pth")
+PARTS = "model", "optimizer", "schedule"  # of a Run: what has a state_dict
 
 
 class EpochMetrics(NamedTuple):
@@ -312,9 +313,8 @@ class Run:
         if last_batch < world_size():
             raise ValueError(f"{world_size()} processes cannot share a last batch of {last_batch}")
         if sys.platform == "linux":  # glibc shall reuse memory, not return it at every step: 1.1 x
-            libc = ctypes.CDLL(None)
-            libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: no larger one is accepted
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+            for option, size in (-3, 32 * 2**20), (-1, 2**31 - 1):  # M_MMAP_, M_TRIM_THRESHOLD
+                ctypes.CDLL(None).mallopt(option, size)
         torch.backends.cudnn.deterministic = True  # of a GPU's convolutions
         torch.manual_seed(1000 * params.random_seed)
         self.model = TinyCNN(params.dropout_rate).to(device)
@@ -337,10 +337,12 @@ def train_epoch(run: Run, training_set: Split, params: HyperParameters) -> tuple
     batches = torch.randperm(len(images)).to(images.device).split(params.batch_size)
     if rank() > 0:  # the shuffle is everybody's, the warp and the dropout are each process's own
         torch.manual_seed(torch.initial_seed() + rank() * 2**40)
+    length = min(1.0, params.num_epochs / 20)  # short runs: less warp and dropout, smoothed labels
+    cross_entropy = nn.CrossEntropyLoss(reduction="sum", label_smoothing=0.05 * (1 - length))
     for layer in run.model.train().modules():
         # Dropout helps early epochs and harms the last ones: it falls to 0 (Rennie et al., 2014).
         if isinstance(layer, (nn.Dropout, nn.Dropout2d)):
-            layer.p = params.dropout_rate * (1 - epoch / params.num_epochs)
+            layer.p = params.dropout_rate * length * (1 - epoch / params.num_epochs)
     bfloat16 = pick_precision(params, images.device) == "bfloat16"
     autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16)
     sums = torch.zeros(2, device=images.device)  # of the losses, and of the right answers
@@ -349,10 +351,10 @@ def train_epoch(run: Run, training_set: Split, params: HyperParameters) -> tuple
     with tqdm(batches, f"Epoch {epoch}/{params.num_epochs}", disable=not watched) as bar:
         for step, batch in enumerate(bar, start=1):
             share = batch[rank() :: world_size()]
-            warped = normalize(augment(images[share], params.augmentation))
+            warped = normalize(augment(images[share], params.augmentation * math.sqrt(length)))
             with autocast:
                 logits = run.model(warped)
-                loss = F.cross_entropy(logits, labels[share], reduction="sum")
+                loss = cross_entropy(logits, labels[share])
             run.optimizer.zero_grad()
             (loss / len(batch)).backward()
             add_up([weight.grad for weight in run.model.parameters()])
@@ -536,9 +538,7 @@ def identity(params: HyperParameters) -> dict[str, Any]:
 
 
 def save_run(run: Run, path: Path, params: HyperParameters) -> None:
-    state: dict[str, Any] = {
-        part: getattr(run, part).state_dict() for part in ("model", "optimizer", "schedule")
-    }
+    state: dict[str, Any] = {part: getattr(run, part).state_dict() for part in PARTS}
     history = [tuple(metrics) for metrics in run.history]
     save(state | {"run": identity(params), "history": history, "best": run.best}, path)
 
@@ -551,7 +551,7 @@ def load_run(run: Run, path: Path, params: HyperParameters) -> None:
         difference = f"it had {dict(was - now)}, not {dict(now - was)}"
         if was == now:
             run.model.load_state_dict(state["best"])  # or one would only see at the end
-            for part in ("model", "optimizer", "schedule"):
+            for part in PARTS:
                 getattr(run, part).load_state_dict(state[part])
             run.history = [EpochMetrics(*metrics) for metrics in state["history"]]
             run.best = state["best"]

@@ -307,7 +307,7 @@ def test_learning_rate_rises_tenfold_then_falls_and_dropout_falls_to_0():
         run.history.append(epoch_metrics(0, 0.0, 0.0))
         dropout.append({layer.p for layer in run.model.modules() if hasattr(layer, "p")})
     assert len(seeds) == 5
-    assert [rate for (rate,) in dropout] == pytest.approx([0.2, 0.15, 0.1, 0.05, 0])
+    assert [rate for (rate,) in dropout] == pytest.approx([0.05, 0.0375, 0.025, 0.0125, 0])
     peak = rates.index(max(rates))
     assert (rates[0], rates[peak]) == (pytest.approx(0.0009), pytest.approx(0.009))
     assert peak == pytest.approx(30, abs=1)
