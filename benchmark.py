@@ -112,7 +112,7 @@ def train_seeds(runs: list[HyperParameters], path: Path) -> Iterator[dict[str, A
     yield from (known[key] for key in keys if key in known)
     missing = [run for run, key in zip(runs, keys, strict=True) if key not in known]
     cores = torch.get_num_threads() if mnist_cnn.pick_device(runs[0]).type == "cpu" else 1
-    with path.open("a") as file, spawn.Pool(min(cores, len(missing)) or 1) as pool:
+    with path.open("a") as file, spawn.Pool(max(1, min(cores, len(missing)))) as pool:
         for result in pool.imap_unordered(train_seed, missing):
             print(json.dumps(result), file=file, flush=True)
             yield result
@@ -148,7 +148,7 @@ def seconds(action: Callable[[], object], rounds: int = ROUNDS) -> float:
 
 def measure(params: HyperParameters, loop: str) -> float:
     """Images a second of training."""
-    params, device = replace(params, num_epochs=2), mnist_cnn.pick_device(params)
+    params, device = replace(params, num_epochs=20), mnist_cnn.pick_device(params)
     images, labels = (part[:12_800].to(device) for part in mnist_cnn.load_images(params, True))
     if loop == "straightforward":  # both end by reading numbers: a GPU has finished then, too
         epochs = straightforward(params, images, labels)
@@ -168,9 +168,9 @@ def speed(params: HyperParameters) -> None:
         rate = median(measure(params, "module") for _ in range(ROUNDS))
         print(f"{mnist_cnn.world_size()} processes together: {rate:,.0f} images/s")
         return mnist_cnn.leave_processes()
-    with spawn.Pool(1, maxtasksperchild=1) as pool:
+    with spawn.Pool(1, maxtasksperchild=1) as pool:  # in turn: what slows one down slows both
         loops = [(params, "module"), (params, "straightforward")]
-        rates = pool.starmap(measure, ROUNDS * loops, chunksize=1)  # in turn: equally disturbed
+        rates = pool.starmap(measure, ROUNDS * loops, chunksize=1)
     ours, theirs = rates[::2], rates[1::2]
     print(f"module: {median(ours):,.0f} images/s, straightforward: {median(theirs):,.0f}")
     ratios = [our / their for our, their in zip(ours, theirs, strict=True)]
@@ -285,8 +285,8 @@ def main() -> int:
     measurement, n, path = map(flags.pop, ("measurement", "n", "results"))
     try:
         params = HyperParameters(**flags)
-        n_seeds: Callable[[HyperParameters], None] = functools.partial(seeds, n=n, path=path)
-        measurements = {"seeds": n_seeds, "speed": speed, "pictures": pictures, "torture": torture}
+        train: Callable[[HyperParameters], None] = functools.partial(seeds, n=n, path=path)
+        measurements = {"seeds": train, "speed": speed, "pictures": pictures, "torture": torture}
         measurements[measurement](params)
     except (ImportError, OSError, ValueError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)

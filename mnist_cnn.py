@@ -57,13 +57,13 @@ def setting(default: Any, explanation: str) -> Any:
 class HyperParameters:
     """Everything that a run depends on. ValueError: a value breaks its rule."""
 
-    num_epochs: int = setting(20, "passes over the images; under 20 with less warp and dropout")
+    num_epochs: int = setting(20, "passes over the training images")
     batch_size: int = setting(64, "images a step")
     learning_rate: float = setting(0.0009, "Adam's rate at the first step")
-    dropout_rate: float = setting(0.25, "share of activations zeroed; falls to 0")
+    dropout_rate: float = setting(0.25, "share of activations zeroed, in 20 epochs; falls to 0")
     random_seed: int = setting(42, "seeds weights, shuffle, warp and dropout")
     peak_factor: float = setting(10.0, "highest learning rate / learning_rate")
-    augmentation: float = setting(1.0, "strength of the random warp; 0: none")
+    augmentation: float = setting(1.0, "strength of the random warp, in 20 epochs; 0: none")
     validation_size: int = setting(5_000, "training images that choose the epoch")
     synthetic: bool = setting(False, "digits drawn in a font in place of MNIST")
     device: str = setting("auto", "cpu, cuda, cuda:1, mps, ...; auto: the fastest")
@@ -268,7 +268,7 @@ class EpochMetrics(NamedTuple):
     """One epoch: loss in nats an image, accuracy in percent; NaN without validation images."""
 
     epoch: int
-    loss: float  # with train_accuracy, of warped images under dropout: looks worse than it is
+    loss: float  # with train_accuracy, as trained: warp, dropout, smoothed labels; looks worse
     train_accuracy: float
     validation_loss: float
     validation_accuracy: float
@@ -277,7 +277,7 @@ class EpochMetrics(NamedTuple):
 
     def __str__(self) -> str:
         trained = f"Loss: {self.loss:.4f}, Train Acc: {self.train_accuracy:.2f}%"
-        validated = f", Val Acc: {self.validation_accuracy:.2f}%".replace(", Val Acc: nan%", "")
+        validated = "" if math.isnan(v := self.validation_accuracy) else f", Val Acc: {v:.2f}%"
         return f"{trained}{validated}, Test Acc: {self.test_accuracy:.2f}%"
 
 
@@ -313,8 +313,8 @@ class Run:
         if last_batch < world_size():
             raise ValueError(f"{world_size()} processes cannot share a last batch of {last_batch}")
         if sys.platform == "linux":  # glibc shall reuse memory, not return it at every step: 1.1 x
-            for option, size in (-3, 32 * 2**20), (-1, 2**31 - 1):  # M_MMAP_, M_TRIM_THRESHOLD
-                ctypes.CDLL(None).mallopt(option, size)
+            for option, size in (-3, 32 * 2**20), (-1, 2**31 - 1):  # M_MMAP_THRESHOLD: no larger
+                ctypes.CDLL(None).mallopt(option, size)  # one is accepted; M_TRIM_THRESHOLD
         torch.backends.cudnn.deterministic = True  # of a GPU's convolutions
         torch.manual_seed(1000 * params.random_seed)
         self.model = TinyCNN(params.dropout_rate).to(device)
@@ -402,10 +402,10 @@ def one_epoch(run: Run, splits: list[Split], params: HyperParameters) -> None:
     training = train_epoch(run, splits[0], params)
     copy_buffers_of_first(run.model)
     fused = fuse(run.model.eval())  # a copy with BatchNorm in the convolutions: faster
-    validation, test = (evaluate_model(fused, *split) for split in splits[1:])
+    validation, (test_loss, test_accuracy) = (evaluate_model(fused, *split) for split in splits[1:])
     rate = float(run.schedule.get_last_lr()[0])
-    epoch = EpochMetrics(len(run.history) + 1, *training, *validation, test[1], rate)
-    if not math.isfinite(epoch.loss + test[0]):
+    epoch = EpochMetrics(len(run.history) + 1, *training, *validation, test_accuracy, rate)
+    if not math.isfinite(epoch.loss + test_loss):
         raise FloatingPointError(f"diverged in epoch {epoch.epoch}: start at a lower learning_rate")
     history, best = [*run.history, epoch], run.best
     if kept_epoch(history) is epoch:
@@ -433,10 +433,10 @@ def train_model(
     device = pick_device(params)
     splits = load_splits(params, device)
     run = Run(params, device, num_images=len(splits[0][0]))
-    place = f"{device} in {pick_precision(params, device)}, {torch.get_num_threads()} threads"
+    threads = f"{torch.get_num_threads()} threads{', synthetic digits' * params.synthetic}"
     if device.type == "cpu" and torch.get_num_threads() > 1:
-        place += "; if busy, OMP_NUM_THREADS=1 is faster"
-    print(f"Training on {place}{', synthetic digits' * params.synthetic}", flush=True)
+        threads += "; if it is busy, try OMP_NUM_THREADS=1"
+    print(f"Training on {device} in {pick_precision(params, device)}, {threads}", flush=True)
     if resume:
         load_run(run, run_path, params)
         print(f"Carrying on after epoch {len(run.history)}")
