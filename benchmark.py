@@ -112,10 +112,11 @@ def train_seeds(runs: list[HyperParameters], path: Path) -> Iterator[dict[str, A
     yield from (known[key] for key in keys if key in known)
     missing = [run for run, key in zip(runs, keys, strict=True) if key not in known]
     cores = torch.get_num_threads() if mnist_cnn.pick_device(runs[0]).type == "cpu" else 1
-    with path.open("a") as file, spawn.Pool(max(1, min(cores, len(missing)))) as pool:
-        for result in pool.imap_unordered(train_seed, missing):
-            print(json.dumps(result), file=file, flush=True)
-            yield result
+    if missing:
+        with path.open("a") as file, spawn.Pool(min(cores, len(missing))) as pool:
+            for result in pool.imap_unordered(train_seed, missing):
+                print(json.dumps(result), file=file, flush=True)
+                yield result
 
 
 def seeds(params: HyperParameters, n: int, path: Path) -> None:
@@ -206,8 +207,7 @@ def report(name: str, probabilities: Tensor, labels: Tensor) -> None:
     """Print accuracy and expected calibration error, in 15 bins (Guo et al., 2017), in percent."""
     confidence, guesses = probabilities.max(1)
     right = (guesses == labels).float()
-    gaps = torch.zeros(16).index_add(0, (15 * confidence).long(), confidence - right).abs()
-    error = gaps.sum() / len(labels)
+    error = (15 * confidence).long().bincount(confidence - right).abs().sum() / len(labels)
     print(f"{name}: {100 * right.mean():.2f} %, calibration error {100 * error:.2f} %", flush=True)
 
 

@@ -313,8 +313,9 @@ class Run:
         if last_batch < world_size():
             raise ValueError(f"{world_size()} processes cannot share a last batch of {last_batch}")
         if sys.platform == "linux":  # glibc shall reuse memory, not return it at every step: 1.1 x
-            for option, size in (-3, 32 * 2**20), (-1, 2**31 - 1):  # M_MMAP_THRESHOLD: no larger
-                ctypes.CDLL(None).mallopt(option, size)  # one is accepted; M_TRIM_THRESHOLD
+            libc = ctypes.CDLL(None)
+            libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: no larger one is accepted
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         torch.backends.cudnn.deterministic = True  # of a GPU's convolutions
         torch.manual_seed(1000 * params.random_seed)
         self.model = TinyCNN(params.dropout_rate).to(device)
@@ -581,8 +582,7 @@ def predict_digits(model: nn.Module, pictures: Any) -> tuple[Tensor, Tensor]:
     """Classify pictures of one handwritten digit each: what digits.read_digits takes.
 
     Returns the digits (N,) int64, and the probabilities (N, 10) float32, by the mean logits of an
-    image and its 8 shifts by a pixel: it errs less. OSError, ValueError: a picture, which is named,
-    cannot be read. Warns of several digits on one.
+    image and its 8 one-pixel shifts. Warns of several digits. OSError, ValueError name a bad one.
     """
     from digits import read_digits
 
