@@ -1,10 +1,10 @@
 """Measurements that take too long for a test.
 
 python benchmark.py seeds --n 10                   accuracy over ten seeds: mean ± sd
-python benchmark.py speed                          images a second, and of what most scripts do
+python benchmark.py speed                          images a second, and those of a plain loop
 python benchmark.py pictures                       accuracy on photos of digits, by kind
 python benchmark.py torture                        runs that are killed at random moments
-torchrun --nproc-per-node=2 benchmark.py speed --batch-size 1024    of several processes together
+torchrun --nproc-per-node=2 benchmark.py speed --batch-size 1024    of two processes
 """
 
 import functools
@@ -222,7 +222,7 @@ def pictures(params: HyperParameters) -> None:
     images = torch.from_numpy(255 / 16 * pixels).byte().view(-1, 8, 8)
     files = [photograph(image, "clean", chance) for image in images]
     report("load_digits", mnist_cnn.predict_digits(model, files)[1], torch.from_numpy(target))
-    _, (images, labels), _ = mnist_cnn.load_splits(params, mnist_cnn.pick_device(params))
+    _, (images, labels), _ = mnist_cnn.load_splits(params, torch.device("cpu"))
     for kind in KINDS:
         files = [photograph(image[0], kind, chance) for image in images[:500]]
         report(kind, mnist_cnn.predict_digits(model, files)[1], labels[:500])
@@ -271,7 +271,7 @@ def torture(params: HyperParameters) -> None:
                 finished += 1
             else:
                 kills += 1
-    print(f"{kills} runs killed: no file damaged; {finished} resumed to the end, the same weights")
+    print(f"{kills} runs killed: no file damaged; {finished} ended, all with the same weights")
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""TinyCNN on MNIST: 19,354 parameters, 20 epochs, far past 99.4 % test accuracy.
+"""TinyCNN on MNIST: 19,354 parameters, 99.5 % test accuracy after 20 epochs.
 
 python mnist_cnn.py                     train, save best_mnist_model.pth, draw the curves
 python mnist_cnn.py --num-epochs 5      every field of HyperParameters is a flag: see --help
@@ -55,7 +55,7 @@ def setting(default: Any, explanation: str) -> Any:
 
 @dataclass(frozen=True)
 class HyperParameters:
-    """Everything that a run depends on. ValueError: a value breaks its rule."""
+    """A run's settings. ValueError: a value breaks its rule."""
 
     num_epochs: int = setting(20, "passes over the training images")
     batch_size: int = setting(64, "images a step")
@@ -66,8 +66,8 @@ class HyperParameters:
     augmentation: float = setting(1.0, "strength of the random warp, in 20 epochs; 0: none")
     validation_size: int = setting(5_000, "training images that choose the epoch")
     synthetic: bool = setting(False, "digits drawn in a font in place of MNIST")
-    device: str = setting("auto", "cpu, cuda, cuda:1, mps, ...; auto: the fastest")
-    precision: str = setting("auto", "of training: float32; auto: the CPU's fastest")
+    device: str = setting("auto", "cpu, cuda, cuda:1, mps, ...; auto: an accelerator, else cpu")
+    precision: str = setting("auto", "of training: float32; auto: bfloat16 on a CPU that has it")
     data_dir: str = field(
         default_factory=lambda: os.environ.get("MNIST_DATA_DIR") or "data",
         metadata={"help": "holds MNIST/raw; $MNIST_DATA_DIR if that is set"},
@@ -97,7 +97,6 @@ class HyperParameters:
 
 
 # ---- Data ---------------------------------------------------------------------------------------
-
 Split = tuple[Tensor, Tensor]  # images (N, 1, 28, 28) uint8, 255 is ink; labels (N,) int64
 MNIST_FILES = {  # and their MD5 sums, as extracted: torchvision checks only its downloads
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
@@ -155,9 +154,9 @@ def load_splits(params: HyperParameters, device: torch.device) -> list[Split]:
     """The training, validation and test split; the same ones whatever the run's seed."""
     images, labels = load_images(params, train=True)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    halves = reversed(order.tensor_split([params.validation_size]))  # training, validation
-    splits = [*((images[index], labels[index]) for index in halves), load_images(params, False)]
-    return [(images.to(device), labels.to(device)) for images, labels in splits]
+    held_out, rest = order.tensor_split([params.validation_size])
+    halves = [(images[part], labels[part]) for part in (rest, held_out)]
+    return [(x.to(device), y.to(device)) for x, y in (*halves, load_images(params, train=False))]
 
 
 def normalize(images: Tensor) -> Tensor:
@@ -217,7 +216,7 @@ def join_processes(params: HyperParameters) -> None:
     if dist.is_torchelastic_launched():
         if pick_device(params).type != "cpu":
             torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group()  # gloo between CPUs, NCCL between GPUs
+        dist.init_process_group("gloo" if pick_device(params).type == "cpu" else None)  # or NCCL
         if rank() > 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         if os.environ["LOCAL_RANK"] == "0":
@@ -258,7 +257,6 @@ def copy_buffers_of_first(model: nn.Module) -> None:
 
 
 # ---- Training -----------------------------------------------------------------------------------
-
 StrPath = str | os.PathLike[str]
 CHECKPOINT = Path("best_mnist_model.pth")
 PARTS = "model", "optimizer", "schedule"  # of a Run: what has a state_dict
@@ -436,7 +434,7 @@ def train_model(
     run = Run(params, device, num_images=len(splits[0][0]))
     threads = f"{torch.get_num_threads()} threads{', synthetic digits' * params.synthetic}"
     if device.type == "cpu" and torch.get_num_threads() > 1:
-        threads += "; if it is busy, try OMP_NUM_THREADS=1"
+        threads += "; on a busy CPU, try OMP_NUM_THREADS=1"
     print(f"Training on {device} in {pick_precision(params, device)}, {threads}", flush=True)
     if resume:
         load_run(run, run_path, params)
@@ -449,21 +447,21 @@ def train_model(
             save_run(run, run_path, params)
             print(f"Epoch {len(run.history)}/{params.num_epochs} - {run.history[-1]}", flush=True)
     except (KeyboardInterrupt, FloatingPointError, OSError) as stop:
-        kept = "There is nothing to keep"
+        message = "There is nothing to keep"
         if run.history:
             save(run.best, path)
-            kept = f"{path} has the best so far, epoch {kept_epoch(run.history).epoch}"
-            if not isinstance(stop, FloatingPointError):
-                kept += "; --resume carries on"
-        print(f"Stopped after epoch {len(run.history)}. {kept}")
+            message = f"{path} has the best so far, epoch {kept_epoch(run.history).epoch}"
+            if run_path.exists() and not isinstance(stop, FloatingPointError):
+                message += "; --resume carries on"
+        print(f"Stopped after epoch {len(run.history)}. {message}")
         raise
     save(run.best, path)
     if rank() == 0:
         run_path.unlink(missing_ok=True)
     run.model.load_state_dict(run.best)
-    epoch = kept_epoch(run.history)
-    accuracy = f"{epoch.validation_accuracy:.2f}%" if params.validation_size > 0 else "none taken"
-    print(f"Loaded best model from epoch {epoch.epoch} with validation accuracy: {accuracy}")
+    kept = kept_epoch(run.history)
+    accuracy = f"{kept.validation_accuracy:.2f}%" if params.validation_size > 0 else "none taken"
+    print(f"Loaded best model from epoch {kept.epoch} with validation accuracy: {accuracy}")
     return run.model.eval(), run.history
 
 
@@ -471,12 +469,13 @@ def train_model(
 def writable(checkpoint_path: StrPath) -> Path:
     """The path, resolved; OSError, before minutes are spent, if nothing can be saved there."""
     path = Path(checkpoint_path).resolve()
-    for suffix in ("", ".tmp", ".resume", ".resume.tmp"):
+    for suffix in ("", ".tmp", ".resume"):
         file = path.with_name(path.name + suffix)
         if file.exists() and not file.is_file():
             raise OSError(f"{file} is not a regular file")
-    file.touch()
-    file.unlink(missing_ok=True)  # other processes try it too
+    probe = path.with_name(f"{path.name}.resume.tmp")
+    probe.touch()
+    probe.unlink(missing_ok=True)  # other processes try it too
     return path
 
 
@@ -534,7 +533,7 @@ def load_checkpoint(path: StrPath, params: HyperParameters) -> TinyCNN:
 
 
 def identity(params: HyperParameters) -> dict[str, Any]:
-    """What a run's weights depend on, beside the machine."""
+    """What a run's weights depend on, beside the machine, its threads and the processes."""
     return asdict(replace(params, data_dir="", device="")) | {"torch": str(torch.__version__)}
 
 
@@ -621,8 +620,6 @@ def report_mistakes(model: nn.Module, checkpoint: Path, params: HyperParameters)
 def train(params: HyperParameters, checkpoint: Path, resume: bool) -> None:
     from torchsummary import summary
 
-    if params.synthetic and checkpoint == CHECKPOINT:
-        checkpoint = Path("synthetic_model.pth")
     join_processes(params)
     summary(TinyCNN(params.dropout_rate), (1, 28, 28), device="cpu")
     model, history = train_model(params, checkpoint, resume)
@@ -664,17 +661,20 @@ def main(argv: list[str] | None = None) -> int:
     arguments = vars(parser.parse_intermixed_args(argv))
     try:
         params = HyperParameters(**{f.name: arguments[f.name] for f in fields(HyperParameters)})
+        checkpoint = arguments["checkpoint"]
+        if params.synthetic and checkpoint == CHECKPOINT:
+            checkpoint = Path("synthetic_model.pth")
         if arguments["command"] and dist.is_torchelastic_launched() and os.environ["RANK"] != "0":
             return 0  # one process is enough
         match arguments["command"]:
             case []:
-                train(params, arguments["checkpoint"], arguments["resume"])
+                train(params, checkpoint, arguments["resume"])
             case ["evaluate", *paths] if len(paths) < 2:
-                checkpoint = Path(*paths or [arguments["checkpoint"]])
+                checkpoint = Path(*paths or [checkpoint])
                 model, _ = load_and_evaluate_model(checkpoint, params)
                 report_mistakes(model, checkpoint, params)
             case ["predict", *files] if files:
-                return predict(params, arguments["checkpoint"], files, arguments["json"])
+                return predict(params, checkpoint, files, arguments["json"])
             case _:
                 parser.error("nothing, evaluate [CHECKPOINT] or predict FILE... is expected")
     except (OSError, ValueError, FloatingPointError) as error:

@@ -673,8 +673,9 @@ def test_a_synthetic_run_needs_no_mnist_and_says_what_it_is(tmp_path, monkeypatc
     flags = "--synthetic --num-epochs 1 --validation-size 500 --data-dir nowhere"
     assert mnist_cnn.main(flags.split()) == 0
     output = capsys.readouterr().out
-    assert re.search(r"^Training on .*, synthetic digits(; if it is .*THREADS=1)?$", output, re.M)
+    assert re.search(r"^Training on .*, synthetic digits(; on a busy .*THREADS=1)?$", output, re.M)
     assert re.search(r"\nCurrent test accuracy: (9\d|100)\.\d\d% of synthetic digits\n\Z", output)
+    assert mnist_cnn.main(["evaluate", "--synthetic"]) == 0  # the model trained just now
     assert kept.read_text() == "of an earlier run"
     with pytest.raises(ValueError, match=r"best_mnist_model\.pth is for MNIST"):
         mnist_cnn.train_model(HyperParameters(num_epochs=1, synthetic=True), kept)
