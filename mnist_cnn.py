@@ -469,13 +469,13 @@ def train_model(
 def writable(checkpoint_path: StrPath) -> Path:
     """The path, resolved; OSError, before minutes are spent, if nothing can be saved there."""
     path = Path(checkpoint_path).resolve()
-    for suffix in ("", ".tmp", ".resume"):
+    for suffix in ("", ".tmp", ".resume", ".resume.tmp"):
         file = path.with_name(path.name + suffix)
         if file.exists() and not file.is_file():
             raise OSError(f"{file} is not a regular file")
-    probe = path.with_name(f"{path.name}.resume.tmp")
+    probe = path.with_name(f"{path.name}.resume.tmp{rank()}")  # other processes have their own
     probe.touch()
-    probe.unlink(missing_ok=True)  # other processes try it too
+    probe.unlink()
     return path
 
 
