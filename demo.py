@@ -1,4 +1,4 @@
-"""Draw a digit in the browser, or drop a photo of one, and see what the network makes of it.
+"""Draw a digit in the browser, or drop a photo of one, and see how it is read.
 
 pip install gradio && python demo.py
 """
@@ -7,23 +7,26 @@ from typing import Any
 
 from PIL import Image
 
-from digits import read_digits
-from mnist_cnn import CHECKPOINT, HyperParameters, load_checkpoint, predict_digits
+from mnist_cnn import CHECKPOINT, HyperParameters, load_model
+from predict import predict_digits, read_digit
 
-MODEL = load_checkpoint(CHECKPOINT, HyperParameters(device="cpu"))
+MODEL = load_model(CHECKPOINT, HyperParameters(device="cpu"))
 
 
 def recognize(picture: Any) -> tuple[dict[str, float] | str, Image.Image | None]:
-    """The ten probabilities, or why there are none, and the image that the network sees."""
-    if isinstance(picture, dict):  # a sketch
+    """The ten probabilities, or why there are none, and what the network sees."""
+    if isinstance(picture, dict):  # a drawing
         picture = picture["composite"]
+    if picture is None:
+        return "", None
     try:
-        image = read_digits([picture or Image.new("L", (28, 28))])
+        image = read_digit(picture)
     except ValueError as error:
-        return str(error).removeprefix("picture 0: "), None
-    probabilities = predict_digits(MODEL, image)[1][0].tolist()
-    seen = Image.fromarray(image[0, 0].numpy()).resize((280, 280), Image.Resampling.NEAREST)
-    return dict(zip("0123456789", probabilities, strict=True)), seen
+        return str(error), None
+    _, (probabilities,) = predict_digits(MODEL, [picture])
+    seen = Image.fromarray(image[0].numpy())
+    large = seen.resize((280, 280), Image.Resampling.NEAREST)
+    return dict(zip("0123456789", probabilities.tolist(), strict=True)), large
 
 
 if __name__ == "__main__":
@@ -33,7 +36,8 @@ if __name__ == "__main__":
         pen = gr.Brush(default_size=40, colors=["black"])
         sketch = gr.Sketchpad(label="Draw a digit", type="pil", brush=pen, layers=False)
         photo = gr.Image(label="or drop a photo", type="pil", sources="upload")
-        outputs = [gr.Label(label="Probabilities"), gr.Image(label="What the network sees")]
+        answer = gr.Label(label="Probabilities")
+        seen = gr.Image(label="What the network sees")
         for picture in (sketch, photo):
-            picture.change(recognize, picture, outputs, show_progress="hidden")
+            picture.change(recognize, picture, [answer, seen], show_progress="hidden")
     page.launch(server_name="127.0.0.1")

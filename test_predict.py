@@ -1,0 +1,116 @@
+"""Tests of predict.py and demo.py, with digits that are drawn here."""
+
+import re
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image, ImageDraw
+from scipy.ndimage import center_of_mass
+
+import predict
+from mnist_cnn import HyperParameters, load_model
+from test_mnist_model import CHECKPOINT, SCRIPT, run, write_images
+
+SEVEN = [(60, 40), (140, 40), (90, 160)]
+ONE = [(100, 30), (100, 170)]
+
+
+def draw(strokes, paper=235, pen=30, width=14):
+    """A digit of 200x200 grey pixels."""
+    picture = Image.new("L", (200, 200), paper)
+    ImageDraw.Draw(picture).line(strokes, pen, width)
+    return picture
+
+
+def test_the_shipped_checkpoint_reads_pictures_of_every_kind(tmp_path):
+    seven = draw(SEVEN)
+    shadow = np.linspace(0.3, 1, 200)
+    ink = Image.new("RGBA", seven.size, "black")
+    ink.putalpha(Image.eval(seven, lambda value: 235 - value))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # to be shown turned by 90 degrees
+    seven.rotate(90).save(tmp_path / "turned.jpg", exif=exif)
+    pictures = {
+        "grey": seven,
+        "an array": np.asarray(seven),
+        "in colour": np.asarray(seven.convert("RGB")),
+        "light on dark": draw(SEVEN, paper=20, pen=220),
+        "faint": draw(SEVEN, paper=235, pen=190),
+        "in a shadow": (np.asarray(seven) * shadow).astype(np.uint8),
+        "transparent": ink,
+        "of 16 bits": Image.fromarray(np.asarray(seven).astype(np.uint16) * 257),
+        "large": seven.resize((3_000, 3_000)),
+        "turned": tmp_path / "turned.jpg",
+        "as in MNIST": predict.read_digit(seven)[0].numpy(),
+    }
+    model = load_model(CHECKPOINT, HyperParameters())
+    digits, probabilities = predict.predict_digits(model, list(pictures.values()))
+    misread = [kind for kind, digit in zip(pictures, digits, strict=True) if digit != 7]
+    assert misread == []
+    np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-5)
+
+
+def test_the_digit_is_fitted_like_those_of_mnist():
+    """Into 20x20 pixels, with its centre of mass in the middle of 28x28."""
+    image = predict.read_digit(draw(SEVEN))[0].numpy()
+    rows, _ = image.nonzero()
+    assert np.ptp(rows) + 1 == 20
+    assert image.max() == 255
+    assert center_of_mass(image) == pytest.approx((14, 14), abs=0.5)
+
+
+def test_two_digits_side_by_side_are_warned_of():
+    pair = Image.new("L", (400, 200))
+    pair.paste(draw(SEVEN), (0, 0))
+    pair.paste(draw(ONE), (200, 0))
+    with pytest.warns(UserWarning, match="2 digits are read as one"):
+        predict.read_digit(pair)
+
+
+def test_one_bad_picture_does_not_stop_the_others(tmp_path):
+    Image.new("L", (50, 50), "white").save(tmp_path / "blank.png")
+    (tmp_path / "text.png").write_text("no picture")
+    draw(SEVEN).save(tmp_path / "seven.png")
+    script = SCRIPT.with_name("predict.py")
+    names = ["blank.png", "text.png", "missing.png", "seven.png"]
+    result = run(
+        sys.executable, script, "--checkpoint", CHECKPOINT, *names, cwd=tmp_path
+    )
+    assert result.returncode == 2
+    assert re.fullmatch(r"seven.png: 7 \(.*%\), or \d \(.*%\)\n", result.stdout)
+    errors = [line.split(": ")[1] for line in result.stderr.splitlines()]
+    assert errors == names[:3]
+
+
+def test_the_snippets_of_the_readme_work(tmp_path):
+    shutil.copy(CHECKPOINT, tmp_path)
+    draw(SEVEN).save(tmp_path / "seven.jpg")
+    draw(ONE).save(tmp_path / "scan.png")
+    readme = SCRIPT.with_name("README.md").read_text()
+    snippets = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    snippets.append("print(len(history), len(digits), 0 <= accuracy <= 100)")
+    code = "\n".join(snippets)
+    result = run(
+        sys.executable,
+        "-c",
+        code,
+        cwd=tmp_path,
+        PYTHONPATH=str(SCRIPT.parent),
+        MNIST_DATA_DIR=write_images(tmp_path / "few", num_training=5_128),
+    )
+    assert result.stdout.endswith("\n5 2 True\n"), result.stderr
+
+
+def test_the_demo_answers_a_drawing_and_an_empty_page(monkeypatch):
+    monkeypatch.chdir(SCRIPT.parent)
+    from demo import recognize
+
+    probabilities, seen = recognize({"composite": draw(SEVEN).convert("RGBA")})
+    assert max(probabilities, key=probabilities.get) == "7"
+    assert seen.size == (280, 280)
+    assert recognize({"composite": Image.new("RGBA", (800, 800))}) == (
+        "nothing is written on it",
+        None,
+    )
