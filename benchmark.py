@@ -66,6 +66,7 @@ def train_seeds(runs: list[HyperParameters], path: Path) -> Iterator[dict[str, A
                 yield result
     if not missing:
         return
+    mnist_cnn.load_images(runs[0], train=True)  # downloads it once, not in every worker
     on_cpu = mnist_cnn.pick_device(runs[0].device).type == "cpu"
     num_workers = torch.get_num_threads() if on_cpu else 1
     ignore_ctrl_c = (signal.SIGINT, signal.SIG_IGN)  # it stops the main process

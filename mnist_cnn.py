@@ -51,13 +51,19 @@ class HyperParameters:
     num_epochs: int = setting(20, "passes over the training images")
     batch_size: int = setting(64, "images per step, over all processes")
     learning_rate: float = setting(0.0009, "learning rate of the first step")
-    dropout_rate: float = setting(0.25, "dropout rate at the start; it falls to 0")
-    random_seed: int = setting(42, "seed of everything that is random")
+    dropout_rate: float = setting(
+        0.25, "dropout rate, which falls to 0 in the last epoch"
+    )
+    random_seed: int = setting(42, "seed of weights, order, warps and dropout")
     peak_factor: float = setting(10.0, "highest learning rate / learning_rate")
     augmentation: float = setting(1.0, "strength of the random warps; 0 means none")
-    validation_size: int = setting(5_000, "training images that choose the epoch")
+    validation_size: int = setting(
+        5_000, "training images held out to choose the epoch"
+    )
     device: str = setting("auto", "cpu, cuda, ...; auto takes a GPU if there is one")
-    precision: str = setting("auto", "float32; auto takes bfloat16 if the CPU has it")
+    precision: str = setting(
+        "auto", "float32; auto takes bfloat16 on a CPU that has it"
+    )
     data_dir: str = setting(
         os.environ.get("MNIST_DATA_DIR", "data"), "folder that holds MNIST/raw"
     )
@@ -67,10 +73,10 @@ class HyperParameters:
             ("num_epochs", self.num_epochs >= 1, "at least 1"),
             ("batch_size", self.batch_size >= WORLD_SIZE, f"at least {WORLD_SIZE}"),
             ("learning_rate", self.learning_rate > 0, "positive"),
-            ("dropout_rate", 0 <= self.dropout_rate < 1, "at least 0 and below 1"),
+            ("dropout_rate", 0 <= self.dropout_rate < 1, "0 to below 1"),
             ("peak_factor", self.peak_factor >= 1, "at least 1"),
             ("augmentation", self.augmentation >= 0, "at least 0"),
-            ("validation_size", 0 <= self.validation_size < 60_000, "below 60,000"),
+            ("validation_size", 0 <= self.validation_size < 60_000, "0 to 59,999"),
             ("precision", self.precision in ("auto", "float32"), "auto or float32"),
         ):
             if not holds:
@@ -111,7 +117,7 @@ def load_splits(params: HyperParameters, device: torch.device) -> list[Split]:
 
 
 def normalize(images: Tensor) -> Tensor:
-    """Pixels from 0 to 255 to float32, so that MNIST has mean 0 and deviation 1."""
+    """Scale uint8 pixels to float32, with mean 0 and deviation 1 over all of MNIST."""
     return (images.float() / 255 - 0.1307) / 0.3081
 
 
@@ -124,7 +130,7 @@ def augment(images: Tensor, strength: float) -> Tensor:
     shear = 0.25 * strength * uniform[3]
     shift = 2 / 14 * strength * uniform[4:]  # 2 pixels, in units of half an image
 
-    # affine_grid maps a pixel of the result to its source: a larger size divides.
+    # affine_grid wants the inverse map, from output to input, so the size divides.
     cos = angle.cos() / size
     sin = angle.sin() / size
     source_x = [cos * stretch, (cos * shear - sin) / stretch, shift[0]]
@@ -226,7 +232,7 @@ class EpochMetrics(NamedTuple):
     """What one epoch achieved. Losses are in nats, accuracies in percent."""
 
     epoch: int
-    loss: float  # on warped images, with dropout
+    train_loss: float  # on warped images, with dropout
     train_accuracy: float  # likewise
     validation_loss: float
     validation_accuracy: float
@@ -234,16 +240,16 @@ class EpochMetrics(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"Loss: {self.loss:.4f}, Train Acc: {self.train_accuracy:.2f}%, "
+            f"Loss: {self.train_loss:.4f}, Train Acc: {self.train_accuracy:.2f}%, "
             f"Val Acc: {self.validation_accuracy:.2f}%, "
             f"Test Acc: {self.test_accuracy:.2f}%"
         )
 
 
 def best_epoch(history: list[EpochMetrics]) -> EpochMetrics:
-    """The most accurate on the validation images; a tie goes to the lower loss.
+    """The epoch with the highest validation accuracy; ties go to the lower loss.
 
-    Without validation images it is the last.
+    Without validation images it is the last epoch.
     """
     if math.isnan(history[-1].validation_accuracy):
         return history[-1]
@@ -269,12 +275,20 @@ def has_bfloat16() -> bool:
     return torch.cpu.get_capabilities().get("avx512_bf16", False)
 
 
+def keep_freed_memory() -> None:
+    """Have glibc reuse memory, not return it after each step: 1.1 times as fast."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
 def make_optimizer(
     model: nn.Module, num_images: int, params: HyperParameters
 ) -> tuple[Adam, OneCycleLR]:
-    """Adam, and its learning rate: up to a peak in 30 % of the steps, then down to 0.
+    """Adam, whose learning rate rises to a peak in 30 % of the steps, then falls to 0.
 
-    Smith and Topin, "Super-Convergence", 2018.
+    Its beta1 goes the other way. Smith and Topin, "Super-Convergence", 2018.
     """
     optimizer = Adam(model.parameters(), fused=True)
     schedule = OneCycleLR(
@@ -315,7 +329,7 @@ def train_epoch(
         "cpu",
         torch.bfloat16,
         enabled=params.precision == "auto" and has_bfloat16(),
-        cache_enabled=False,  # after an interrupt it would spoil the next training
+        cache_enabled=False,  # an interrupt could leave stale weights in it
     )
     totals = torch.zeros(2, device=images.device)  # loss, correct answers
     seen = 0
@@ -393,17 +407,17 @@ def train_model(
 
     start = time.perf_counter()
     for epoch in range(len(history) + 1, params.num_epochs + 1):
-        training = train_epoch(
+        train_metrics = train_epoch(
             parallel, optimizer, schedule, training_set, epoch, params
         )
         if RANK > 0:
             continue  # the first process evaluates and saves
-        validation = evaluate_model(model, *validation_set)
+        val_metrics = evaluate_model(model, *validation_set)
         _, test_accuracy = evaluate_model(model, *test_set)
-        history.append(EpochMetrics(epoch, *training, *validation, test_accuracy))
+        history.append(EpochMetrics(epoch, *train_metrics, *val_metrics, test_accuracy))
         if best_epoch(history) is history[-1]:
-            weights = model.state_dict()
-            save({name: weights[name].cpu() for name in weights}, checkpoint)
+            weights = {name: w.cpu() for name, w in model.state_dict().items()}
+            save(weights, checkpoint)
         state = {
             "params": asdict(params),
             "history": [metrics._asdict() for metrics in history],
@@ -424,14 +438,6 @@ def train_model(
         )
         resume_path.unlink()
     return model.eval(), history
-
-
-def keep_freed_memory() -> None:
-    """Have glibc reuse memory, not return it after each step: 1.1 times as fast."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 # ---- Checkpoints ---------------------------------------------------------------------
@@ -466,7 +472,9 @@ def load_model(model_path: str | Path, params: HyperParameters) -> TinyCNN:
     try:
         model.load_state_dict(load(model_path))
     except RuntimeError as error:
-        raise ValueError(f"{model_path} is no TinyCNN checkpoint: {error}") from error
+        raise ValueError(
+            f"{model_path} is not a TinyCNN checkpoint: {error}"
+        ) from error
     return model.to(pick_device(params.device)).eval()
 
 
@@ -510,15 +518,15 @@ def plot_history(history: list[EpochMetrics]) -> Any:
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
         axes.legend()
-    plt.close(figure)  # or a notebook shows it twice
+    plt.close(figure)  # otherwise a notebook shows it twice
     return figure
 
 
 def plot_mistakes(images: Tensor, labels: Tensor, logits: Tensor) -> Any:
     """A matplotlib figure of the missed images, the most confident mistakes first.
 
-    Beside them stands what is taken for what. images: (N, 1, 28, 28), labels: (N,),
-    logits: (N, 10).
+    Next to them is the confusion matrix of the mistakes.
+    images: (N, 1, 28, 28), labels: (N,), logits: (N, 10).
     """
     import matplotlib.pyplot as plt
 
@@ -608,7 +616,7 @@ def train(params: HyperParameters, checkpoint: str, resume: bool) -> None:
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
     if RANK == 0:
-        stem = Path(checkpoint).with_suffix("")
+        stem = checkpoint.removesuffix(".pth")
         metrics = [epoch._asdict() for epoch in history]
         Path(f"{stem}_history.json").write_text(json.dumps(metrics))
         plot_history(history).savefig(f"{stem}_curves.png")
@@ -626,7 +634,7 @@ def evaluate(params: HyperParameters, checkpoint: str) -> None:
     for digit in range(10):
         of_digit = correct[labels == digit]
         print(f"Digit {digit}: {100 * of_digit.float().mean():.2f}% of {len(of_digit)}")
-    stem = Path(checkpoint).with_suffix("")
+    stem = checkpoint.removesuffix(".pth")
     plot_mistakes(images, labels, logits).savefig(f"{stem}_mistakes.png")
     print(f"The mistakes are drawn in {stem}_mistakes.png")
 
@@ -644,7 +652,7 @@ def main() -> int:
         return 2
     except KeyboardInterrupt:
         print(
-            "\nStopped. Finished epochs are saved; --resume continues.", file=sys.stderr
+            "\nStopped. If an epoch was finished, --resume continues.", file=sys.stderr
         )
         return 130
     return 0

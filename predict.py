@@ -94,8 +94,8 @@ def read_digit(picture: Picture) -> Tensor:
     Raises OSError for a file that is no picture and ValueError for one without a digit.
     """
     grey = read_grey(picture)
-    black_corners = grey.any() and not grey[::27, ::27].any()
-    if grey.shape != (28, 28) or not black_corners:
+    corners = grey[::27, ::27]
+    if grey.shape != (28, 28) or corners.any() or not grey.any():
         ink = find_ink(grey)
         scale = 20 / max(ink.shape)
         height, width = [max(1, round(scale * side)) for side in ink.shape]
@@ -151,7 +151,7 @@ def main() -> int:
         try:
             with warnings.catch_warnings(record=True) as caught:
                 _, (probabilities,) = predict_digits(model, [path])
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
             reason = getattr(error, "strerror", None) or error
             print(f"error: {path}: {reason}", file=sys.stderr)
             status = 2
