@@ -3,6 +3,9 @@
 pip install gradio && python demo.py
 """
 
+from base64 import b64decode
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -10,34 +13,122 @@ from PIL import Image
 from mnist_cnn import CHECKPOINT, HyperParameters, load_model
 from predict import predict_digits, read_digit
 
-MODEL = load_model(CHECKPOINT, HyperParameters(device="cpu"))
+MODEL = load_model(Path(__file__).with_name(CHECKPOINT), HyperParameters(device="cpu"))
+
+# A canvas of our own: the brush of gr.Sketchpad (Gradio 6.31) must be chosen before it
+# draws, and again after each time the pad is cleared.
+PAD = """
+<canvas width="800" height="800" style="width: 100%; background: white;
+  border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg);
+  cursor: crosshair; touch-action: none"></canvas>
+<button style="width: 100%; margin-top: 0.5em; padding: 0.5em;
+  border-radius: var(--radius-lg); background: var(--button-secondary-background-fill)"
+  >Clear</button>
+"""
+PAD_SCRIPT = """
+const canvas = element.querySelector("canvas");
+const pen = canvas.getContext("2d");
+pen.lineWidth = 56;
+pen.lineCap = pen.lineJoin = "round";
+
+const send = (drawing) => {
+  props.value = drawing;
+  trigger("input");
+};
+const clear = () => pen.clearRect(0, 0, canvas.width, canvas.height);
+
+canvas.onpointerdown = (event) => {
+  canvas.setPointerCapture(event.pointerId);  // a stroke may leave the pad
+  pen.beginPath();
+  canvas.onpointermove(event);  // sets the pen down
+  canvas.onpointermove(event);  // draws a dot
+};
+canvas.onpointermove = (event) => {
+  if (!event.buttons) return;
+  const scale = canvas.width / canvas.clientWidth;
+  pen.lineTo(event.offsetX * scale, event.offsetY * scale);
+  pen.stroke();
+};
+canvas.onpointerup = () => send(canvas.toDataURL().split(",")[1]);
+element.querySelector("button").onclick = () => {
+  clear();
+  send(null);
+};
+watch("value", () => props.value || clear());  // a photo takes the drawing's place
+"""
+# The value is the list of probabilities, or a sentence.
+ANSWER = """
+<div style="min-height: 300px">
+  <h2>${Array.isArray(value) ? value.indexOf(Math.max(...value)) : value}</h2>
+  {{#each value}}
+  <div style="display: flex; gap: 0.7em; align-items: center; line-height: 1.7">
+    {{@index}}
+    <div style="flex: 1; height: 0.8em; background: var(--border-color-primary)">
+      <div style="width: calc(100% * {{this}}); height: 100%;
+        background: var(--color-accent)"></div>
+    </div>
+    <span style="width: 3.5em; text-align: right">${(100 * {{this}}).toFixed(1)}%</span>
+  </div>
+  {{/each}}
+</div>
+"""
 
 
-def recognize(picture: Any) -> tuple[dict[str, float] | str, Image.Image | None]:
-    """The ten probabilities, or why there are none, and what the network sees."""
-    if isinstance(picture, dict):  # a drawing
-        picture = picture["composite"]
+def recognize(picture: Any) -> tuple[list[float] | str, Image.Image | None]:
+    """The ten probabilities, or why there are none, and what the network sees.
+
+    The picture is a drawing, as a PNG file in base64, or an uploaded file, or None.
+    """
     if picture is None:
         return "", None
     try:
-        image = read_digit(picture)
+        drawn = isinstance(picture, str)
+        file = BytesIO(b64decode(picture)) if drawn else picture["path"]
+        image = read_digit(Image.open(file))
+    except (OSError, SyntaxError, Image.DecompressionBombError):  # all of them Pillow's
+        return "This file cannot be read as a picture.", None
     except ValueError as error:
-        return str(error), None
-    _, (probabilities,) = predict_digits(MODEL, [picture])
+        return f"{error}.".capitalize(), None
     seen = Image.fromarray(image[0].numpy())
+    _, (probabilities,) = predict_digits(MODEL, [seen])
     large = seen.resize((280, 280), Image.Resampling.NEAREST)
-    return dict(zip("0123456789", probabilities.tolist(), strict=True)), large
+    return probabilities.tolist(), large
 
 
 if __name__ == "__main__":
     import gradio as gr
 
-    with gr.Blocks(title="TinyCNN", analytics_enabled=False) as page, gr.Row():
-        pen = gr.Brush(default_size=40, colors=["black"])
-        sketch = gr.Sketchpad(label="Draw a digit", type="pil", brush=pen, layers=False)
-        photo = gr.Image(label="or drop a photo", type="pil", sources="upload")
-        answer = gr.Label(label="Probabilities")
-        seen = gr.Image(label="What the network sees")
-        for picture in (sketch, photo):
-            picture.change(recognize, picture, [answer, seen], show_progress="hidden")
-    page.launch(server_name="127.0.0.1")
+    with gr.Blocks(title="TinyCNN", analytics_enabled=False) as page:
+        gr.Markdown(
+            "# TinyCNN\n"
+            "Draw a digit, or drop a photo of one, and see how a tiny network reads it."
+        )
+        with gr.Row():
+            with gr.Column():
+                pad = gr.HTML(html_template=PAD, js_on_load=PAD_SCRIPT)
+            with gr.Column():
+                with gr.Row():
+                    with gr.Column(min_width=200):
+                        answer = gr.HTML(html_template=ANSWER, container=True)
+                    seen = gr.Image(
+                        label="What the network sees",
+                        format="png",
+                        min_width=200,
+                        buttons=[],
+                    )
+                photo = gr.Image(
+                    label="or drop a photo", sources="upload", height=240, buttons=[]
+                )
+        for source, other in (pad, photo), (photo, pad):
+            source.input(
+                recognize,
+                source,
+                [answer, seen],
+                preprocess=False,  # Gradio itself would fail on what is no picture
+                trigger_mode="always_last",  # a stroke may end while one is being read
+                show_progress="hidden",
+            )
+            source.input(None, None, other, js="() => null")
+    page.launch(quiet=True, footer_links=[], prevent_thread_lock=True)
+    print(f"Open {page.local_url} in a browser")
+    page.block_thread()

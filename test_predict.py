@@ -3,6 +3,8 @@
 import re
 import shutil
 import sys
+from base64 import b64encode
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -105,14 +107,19 @@ def test_the_snippets_of_the_readme_work(tmp_path):
     assert result.stdout.endswith("\n5 [7, 1]\n"), result.stderr
 
 
-def test_the_demo_answers_a_drawing_and_an_empty_page(monkeypatch):
-    monkeypatch.chdir(SCRIPT.parent)
+def test_the_demo_answers_a_drawing_a_photo_and_an_empty_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the checkpoint lies beside the script
     from demo import recognize
 
-    probabilities, seen = recognize({"composite": draw(SEVEN).convert("RGBA")})
-    assert max(probabilities, key=probabilities.get) == "7"
-    assert seen.size == (280, 280)
-    assert recognize({"composite": Image.new("RGBA", (800, 800))}) == (
-        "nothing is written on it",
+    draw(SEVEN).save("seven.png")
+    drawing = b64encode(Path("seven.png").read_bytes()).decode()
+    for picture in (drawing, {"path": "seven.png"}):
+        probabilities, seen = recognize(picture)
+        assert np.argmax(probabilities) == 7
+        assert seen.size == (280, 280)
+    Path("text.png").write_text("no picture")
+    assert recognize({"path": "text.png"}) == (
+        "This file cannot be read as a picture.",
         None,
     )
+    assert recognize(None) == ("", None)
