@@ -1,32 +1,38 @@
-"""Read your own handwriting: one digit per picture, from a photo, a scan or a drawing.
+"""Read your own handwriting: digits on photos, scans and drawings.
 
-python predict.py seven.jpg scan.png
+python predict.py seven.jpg page.png
 python predict.py --checkpoint my_model.pth seven.jpg
+
+A page is read from left to right, line by line, and the percentage is that of its least
+certain digit.
 """
 
 import sys
-import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy import ndimage
 from torch import Tensor, nn
 
 from mnist_cnn import CHECKPOINT, HyperParameters, infer, load_model
 
 Picture = str | Path | Image.Image | np.ndarray
+Box = tuple[slice, slice]  # rows and columns
 SIDE = 200  # pixels along the shorter side of a picture, after it is shrunk
+NEIGHBOURS = np.ones((3, 3))
 
 
 def read_grey(picture: Picture) -> Any:
     """The picture as if on white paper: (H, W) float32 from 0 (black) to 1 (white)."""
     if isinstance(picture, str | Path):
-        picture = Image.open(picture)
+        try:
+            picture = Image.open(picture)
+        except UnidentifiedImageError as error:
+            raise OSError(f"{error}; export it as JPEG or PNG") from error
     if isinstance(picture, np.ndarray):
         picture = Image.fromarray(picture)
     picture.draft("L", (SIDE, SIDE))  # decodes a large JPEG at a fraction of its size
@@ -43,102 +49,174 @@ def read_grey(picture: Picture) -> Any:
     return 1 - alpha * (1 - grey)
 
 
-def find_ink(grey: Any) -> Any:
-    """Crop to the digit, with paper at 0. Warns of several digits side by side.
+def darkness(grey: Any, wide: int) -> Any:
+    """How much darker each pixel is than the paper around it, from 0 to 1."""
+    paper = ndimage.grey_closing(grey, wide)  # the strokes go, the shadows stay
+    return 1 - (grey + 0.02) / (paper + 0.02)
 
-    Raises ValueError if nothing is written there, or if the digit is too small.
+
+def above_threshold(ink: Any) -> Any:
+    """Where the ink is nearer to the mean of the dark pixels than of the others."""
+    if ink.max() < 0.1:
+        raise ValueError("nothing is written on it")
+    threshold = ink.max() / 2
+    for _ in range(20):
+        dark = ink > threshold
+        threshold = (ink[dark].mean() + ink[~dark].mean()) / 2
+    return ink > threshold
+
+
+def erase_lines(mask: Any) -> Any:
+    """Erase the lines of a form: two or more of them cross the whole picture."""
+    height, width = mask.shape
+    across = ndimage.binary_opening(mask, np.ones((1, width // 2)))
+    down = ndimage.binary_opening(mask, np.ones((height // 2, 1)))
+    for lines in (across, down.T):
+        labels, _ = ndimage.label(lines)
+        whole = np.intersect1d(labels[:, 0], labels[:, -1])
+        if np.count_nonzero(whole) >= 2:
+            return mask & ~ndimage.binary_dilation(across | down, NEIGHBOURS)
+    return mask
+
+
+def find_ink(grey: Any) -> Any:
+    """The ink of the digits, with paper and everything else at 0: (H, W).
+
+    Raises ValueError if nothing is written there, or if it is too small.
     """
     grey = ndimage.gaussian_filter(grey, min(grey.shape) / SIDE)
     wide = max(3, min(grey.shape) // 3)  # wider than a stroke of the pen
     contrast = grey - ndimage.uniform_filter(grey, wide)
     if (contrast**3).sum() > 0:  # what stands out is lighter than the paper
         grey = 1 - grey
-    paper = ndimage.grey_closing(grey, wide)  # the strokes go, the shadows stay
-    ink = 1 - (grey + 0.02) / (paper + 0.02)
-    threshold = ink.max() / 2
-    if threshold < 0.05:
-        raise ValueError("nothing is written on it")
+    frame = np.ones(grey.shape, bool)
+    frame[1:-1, 1:-1] = False
+    ink = darkness(grey, wide)
+    dark = above_threshold(ink)
+    if dark[frame].mean() > 0.5:  # then it is the paper that stands out
+        grey = 1 - grey
+        ink = darkness(grey, wide)
+        dark = above_threshold(ink)
 
-    # Keep the large pieces. One that touches the border is rather a table or a thumb.
-    pieces, _ = ndimage.label(ink > threshold, np.ones((3, 3)))
-    sizes = np.bincount(pieces.flat).astype(float)
+    # What touches the border is a table, a thumb or a form, if there is anything else.
+    pieces, _ = ndimage.label(erase_lines(dark), NEIGHBOURS)
+    sizes = np.bincount(pieces.flat)
     sizes[0] = 0  # this is the paper
-    rows_on_border = pieces[[0, -1]]
-    columns_on_border = pieces[:, [0, -1]]
-    on_border = np.union1d(rows_on_border, columns_on_border)
-    sizes[on_border] /= 50
-    kept = sizes >= 0.1 * sizes.max()
-    digit = kept[pieces]
-    (box,) = ndimage.find_objects(digit.astype(int))
-    ink = ink[box]
-    height, width = ink.shape
+    inside = sizes.copy()
+    inside[np.unique(pieces[frame])] = 0
+    if inside.max() > sizes.max() / 50:
+        sizes = inside
+    kept = sizes >= 0.1 * sizes.max()  # the others are dirt
+    written = kept[pieces]
+    (box,) = ndimage.find_objects(written.astype(int))
+    height, width = written[box].shape
     if max(height, width) < 8:
-        raise ValueError(f"the digit is too small: {width} x {height} pixels")
+        raise ValueError("the digit is too small; crop the picture around it")
 
-    columns, _ = ndimage.label(digit.any(axis=0))
-    side_by_side = 0
-    for rows, _ in ndimage.find_objects(columns * digit):
-        if rows.stop - rows.start > height / 2:
-            side_by_side += 1
-    if side_by_side > 1:
-        warnings.warn(f"{side_by_side} digits are read as one", stacklevel=2)
-    return ink
+    is_filled = written[box].mean() > 0.7 and 0.5 < height / width < 2
+    if is_filled and height * width < 0.9 * written.size:
+        ink = np.zeros_like(ink)
+        ink[box] = find_ink(grey[box])  # a dark box with a light digit in it
+        return ink
+    soft_edge = max(1, min(grey.shape) // 60)
+    written = ndimage.binary_dilation(written, NEIGHBOURS, soft_edge)
+    return np.where(written, ink, 0)
+
+
+def find_digits(ink: Any) -> list[Box]:
+    """The box of each digit, from left to right, line by line."""
+    # Pieces one above the other are one digit. A small piece belongs to the next one.
+    written = ink > 0
+    pieces, _ = ndimage.label(written, NEIGHBOURS)
+    heights = [rows.stop - rows.start for rows, _ in ndimage.find_objects(pieces)]
+    tall = max(heights)
+    is_small = np.array([0, *heights]) < tall / 2
+    small = written & is_small[pieces]
+    near = ndimage.binary_dilation(written, np.ones((1 + tall // 4, 1)))
+    near |= ndimage.binary_dilation(small, np.ones((1, 1 + tall // 2)))
+    digits, _ = ndimage.label(near, NEIGHBOURS)
+    boxes = ndimage.find_objects(digits * written)
+
+    lines: list[list[Box]] = []
+    for box in sorted(boxes, key=lambda box: box[0].start + box[0].stop):
+        middle = (box[0].start + box[0].stop) / 2
+        if lines and middle < lines[-1][0][0].stop:
+            lines[-1].append(box)
+        else:
+            lines.append([box])
+    for line in lines:
+        line.sort(key=lambda box: box[1].start)
+    return [box for line in lines for box in line]
+
+
+def like_mnist(ink: Any) -> Any:
+    """The digit as LeCun et al. (1998) made them: (28, 28) from 0 to 1.
+
+    The ink fits into 20x20 pixels, and its centre of mass lies in the middle of 28x28.
+    """
+    (box,) = ndimage.find_objects((ink > 0).astype(int))
+    ink = ink[box]
+    scale = 20 / max(ink.shape)
+    height, width = [max(1, round(scale * side)) for side in ink.shape]
+    small = Image.fromarray(ink).resize((width, height), Image.Resampling.BICUBIC)
+    ink = np.asarray(small).clip(0)
+    ink = np.pad(ink / ink.max(), [(0, 28 - height), (0, 28 - width)])
+    to_middle = np.subtract(14, ndimage.center_of_mass(ink))
+    return ndimage.shift(ink, np.round(to_middle), order=0)
 
 
 def read_digit(picture: Picture) -> Tensor:
     """The picture's digit in the form of MNIST's images: (1, 28, 28) uint8.
 
-    It is made as LeCun et al. (1998) made them: the ink fits into 20x20 pixels, and its
-    centre of mass lies in the middle of 28x28. A picture of that form stays as it is.
-
-    Raises OSError for a file that is no picture and ValueError for one without a digit.
+    A picture of that form stays as it is. Raises OSError for a file that is no picture
+    and ValueError for a picture without a digit.
     """
     grey = read_grey(picture)
     corners = grey[::27, ::27]
     if grey.shape != (28, 28) or corners.any() or not grey.any():
-        ink = find_ink(grey)
-        scale = 20 / max(ink.shape)
-        height, width = [max(1, round(scale * side)) for side in ink.shape]
-        small = Image.fromarray(ink).resize((width, height), Image.Resampling.BICUBIC)
-        ink = np.asarray(small).clip(0)
-        ink = np.pad(ink / ink.max(), [(0, 28 - height), (0, 28 - width)])
-        to_middle = np.subtract(14, ndimage.center_of_mass(ink))
-        grey = ndimage.shift(ink, np.round(to_middle), order=0)
+        grey = like_mnist(find_ink(grey))
     return torch.from_numpy(255 * grey).round().byte().unsqueeze(0)
 
 
-def predict_digits(
-    model: nn.Module, pictures: Sequence[Picture]
-) -> tuple[Tensor, Tensor]:
-    """Read one digit from each of N pictures: paths, PIL images or uint8 arrays.
+def predict_digits(model: nn.Module, pictures: Any) -> tuple[Tensor, Tensor]:
+    """Read one digit from each of N pictures. For several, see `predict_page`.
 
-    An array is (H, W), or (H, W, 3) in colour. Returns the digits (N,) int64 and the
-    probabilities (N, 10). Raises OSError or ValueError as `read_digit` does.
+    pictures: a list of paths, PIL images, or uint8 arrays (H, W) or (H, W, 3); or an
+    array (N, 28, 28). Returns the digits (N,) int64 and the probabilities (N, 10).
+    Raises OSError or ValueError as `read_digit` does.
     """
+    is_batch = isinstance(pictures, np.ndarray) and pictures.shape[1:] == (28, 28)
+    if not is_batch and not isinstance(pictures, list):
+        raise TypeError("pictures must be a list, or an array of shape (N, 28, 28)")
     images = torch.stack([read_digit(picture) for picture in pictures])
     probabilities = infer(model, images).softmax(1)
     return probabilities.argmax(1), probabilities
 
 
+def predict_page(
+    model: nn.Module, picture: Picture
+) -> tuple[Tensor, Tensor, list[Box]]:
+    """Read the N digits of a picture from left to right, line by line.
+
+    Returns the digits (N,) int64, the probabilities (N, 10), and the box of each digit:
+    its rows and columns in `read_grey(picture)`. Raises as `read_digit` does.
+    """
+    ink = find_ink(read_grey(picture))
+    boxes = find_digits(ink)
+    digits = np.stack([like_mnist(ink[box]) for box in boxes])
+    images = torch.from_numpy(255 * digits).round().byte().unsqueeze(1)
+    probabilities = infer(model, images).softmax(1)
+    return probabilities.argmax(1), probabilities, boxes
+
+
 def main() -> int:
     """Print one line per picture. Returns 2 if one of them cannot be read."""
     parser = ArgumentParser(
-        usage="python predict.py [--checkpoint FILE] PICTURE...",
-        description=__doc__,
-        formatter_class=RawDescriptionHelpFormatter,
+        description=__doc__, formatter_class=RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "pictures",
-        nargs="+",
-        metavar="PICTURE",
-        help="file that shows one digit, dark on light or light on dark",
-    )
-    parser.add_argument(
-        "--checkpoint",
-        default=CHECKPOINT,
-        metavar="FILE",
-        help="file of the weights (default: %(default)s)",
-    )
+    parser.add_argument("pictures", nargs="+", metavar="PICTURE")
+    shipped = Path(__file__).with_name(CHECKPOINT)
+    parser.add_argument("--checkpoint", default=shipped, metavar="FILE")
     arguments = parser.parse_args()
     try:
         model = load_model(arguments.checkpoint, HyperParameters())
@@ -149,17 +227,15 @@ def main() -> int:
     status = 0
     for path in arguments.pictures:
         try:
-            with warnings.catch_warnings(record=True) as caught:
-                _, (probabilities,) = predict_digits(model, [path])
+            digits, probabilities, _ = predict_page(model, path)
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             reason = getattr(error, "strerror", None) or error
             print(f"error: {path}: {reason}", file=sys.stderr)
             status = 2
             continue
-        for warning in caught:
-            print(f"warning: {path}: {warning.message}", file=sys.stderr)
-        (best, second), (digit, other) = probabilities.topk(2)
-        print(f"{path}: {digit} ({100 * best:.1f}%), or {other} ({100 * second:.1f}%)")
+        answer = " ".join(map(str, digits.tolist()))
+        least = probabilities.max(1).values.min()
+        print(f"{path}: {answer} ({100 * least:.1f}% sure)")
     return status
 
 

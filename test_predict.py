@@ -28,24 +28,32 @@ def draw(strokes, paper=235, pen=30, width=14):
 
 def test_the_shipped_checkpoint_reads_pictures_of_every_kind(tmp_path):
     seven = draw(SEVEN)
-    shadow = np.linspace(0.3, 1, 200)
+    pixels = np.asarray(seven)
     ink = Image.new("RGBA", seven.size, "black")
     ink.putalpha(Image.eval(seven, lambda value: 235 - value))
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 3  # to be shown upside down
     seven.rotate(180).save(tmp_path / "turned.jpg", exif=exif)
-    lined = np.asarray(seven).copy()
+    lined, cell, edge = pixels.copy(), pixels.copy(), pixels.copy()
     lined[::20] = np.minimum(lined[::20], 200)
+    cell[20:24] = cell[170:174] = cell[:, 30:34] = cell[:, 180:184] = 0
+    edge[:, :15] = 0
+    box = np.pad(255 - pixels, 50, constant_values=255)
     pictures = {
         "grey": seven,
-        "an array": np.asarray(seven),
+        "an array": pixels,
         "in colour": np.asarray(seven.convert("RGB")),
         "light on dark": draw(SEVEN, paper=20, pen=220),
         "faint": draw(SEVEN, paper=235, pen=190),
+        "very bold": draw(SEVEN, width=45),
+        "cut out": seven.crop((60, 40, 140, 160)),
         "on lined paper": lined,
-        "in a shadow": (np.asarray(seven) * shadow).astype(np.uint8),
+        "in the cell of a form": cell,
+        "beside a dark edge": edge,
+        "in a dark box": box,
+        "in a shadow": (pixels * np.linspace(0.3, 1, 200)).astype(np.uint8),
         "transparent": ink,
-        "of 16 bits": Image.fromarray(np.asarray(seven).astype(np.uint16) * 257),
+        "of 16 bits": Image.fromarray(pixels.astype(np.uint16) * 257),
         "large": seven.resize((3_000, 3_000)),
         "turned": tmp_path / "turned.jpg",
     }
@@ -65,12 +73,21 @@ def test_the_digit_is_fitted_like_those_of_mnist():
     assert (predict.read_digit(image)[0].numpy() == image).all()
 
 
-def test_two_digits_side_by_side_are_warned_of():
-    pair = Image.new("L", (400, 200))
-    pair.paste(draw(SEVEN), (0, 0))
-    pair.paste(draw(ONE), (200, 0))
-    with pytest.warns(UserWarning, match="2 digits are read as one"):
-        predict.read_digit(pair)
+def test_a_page_is_read_line_by_line():
+    page = Image.new("L", (600, 400), 235)
+    for strokes, corner in ((ONE, (0, 10)), (SEVEN, (200, 0)), (SEVEN, (0, 200))):
+        page.paste(draw(strokes), corner)
+    ImageDraw.Draw(page).line([(60, 300), (120, 300)], 235, 4)  # cuts the last 7
+    model = load_model(CHECKPOINT, HyperParameters())
+    digits, probabilities, boxes = predict.predict_page(model, page)
+    assert digits.tolist() == [1, 7, 7]
+    assert probabilities.shape == (3, 10)
+    assert [columns.start < 60 for _, columns in boxes] == [True, False, True]
+
+
+def test_what_is_no_list_of_pictures_is_refused():
+    with pytest.raises(TypeError, match="a list, or an array of shape"):
+        predict.predict_digits(None, np.zeros((5, 784), np.uint8))
 
 
 def test_one_bad_picture_does_not_stop_the_others(tmp_path):
@@ -83,7 +100,7 @@ def test_one_bad_picture_does_not_stop_the_others(tmp_path):
         sys.executable, script, "--checkpoint", CHECKPOINT, *names, cwd=tmp_path
     )
     assert result.returncode == 2
-    assert re.fullmatch(r"seven.png: 7 \(.*%\), or \d \(.*%\)\n", result.stdout)
+    assert re.fullmatch(r"seven.png: 7 \(.*% sure\)\n", result.stdout)
     errors = [line.split(": ")[1] for line in result.stderr.splitlines()]
     assert errors == names[:3]
 
