@@ -106,6 +106,8 @@ def find_ink(grey: Any) -> Any:
     inside[np.unique(pieces[frame])] = 0
     if inside.max() > sizes.max() / 50:
         sizes = inside
+    if not sizes.any():
+        raise ValueError("nothing is written on it")
     kept = sizes >= 0.1 * sizes.max()  # the others are dirt
     written = kept[pieces]
     (box,) = ndimage.find_objects(written.astype(int))
