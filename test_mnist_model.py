@@ -167,7 +167,7 @@ def test_shipped_checkpoint_computes_what_the_published_architecture_says():
 
 def test_shipped_checkpoint_is_more_than_99_4_percent_accurate(capsys):
     load_mnist(train=False)
-    model, accuracy = mnist_cnn.load_and_evaluate_model(CHECKPOINT, HyperParameters())
+    _, accuracy = mnist_cnn.load_and_evaluate_model(CHECKPOINT, HyperParameters())
     assert 99.4 < accuracy <= 100
     assert capsys.readouterr().out == f"Current test accuracy: {accuracy:.2f}%\n"
 
