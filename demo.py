@@ -1,6 +1,6 @@
 """Draw a digit in the browser, or drop a photo of one, and see how it is read.
 
-pip install gradio && python demo.py
+pip install "gradio>=6" && python demo.py
 """
 
 from base64 import b64decode
