@@ -1,12 +1,13 @@
-"""Train TinyCNN, a network of 19,354 parameters, to read MNIST's handwritten digits.
+"""Train TinyCNN, a network of 19,354 parameters, to read handwritten digits.
 
-python mnist_cnn.py                         train, save the best weights, draw curves
-python mnist_cnn.py --num-epochs 5          change a setting: each one is a flag
-python mnist_cnn.py --resume                continue an interrupted training
-python mnist_cnn.py --evaluate              test the saved weights, digit by digit
-torchrun --nproc-per-node=2 mnist_cnn.py    train with two processes, or two GPUs
+python mnist_cnn.py                       train, save the best weights, draw curves
+python mnist_cnn.py --num-epochs 5        change a setting: each one is a flag
+python mnist_cnn.py --resume              continue an interrupted training
+python mnist_cnn.py --evaluate            test the saved weights, digit by digit
+torchrun --nproc-per-node=2 mnist_cnn.py  train with two processes, or two GPUs
 
-Test accuracy: 99.525 ± 0.059 % after 20 epochs (mean ± sd of ten seeds, RESULTS.md).
+Test accuracy on MNIST after 20 epochs: 99.525 ± 0.059 %, mean ± sd of ten seeds
+(RESULTS.md).
 """
 
 import ctypes

@@ -3,8 +3,8 @@
 python predict.py seven.jpg page.png
 python predict.py --checkpoint my_model.pth seven.jpg
 
-A page is read from left to right, line by line, and the percentage is that of its least
-certain digit.
+A page is read from left to right, line by line. The percentage is that of its
+least certain digit.
 """
 
 import sys
@@ -216,9 +216,13 @@ def main() -> int:
     parser = ArgumentParser(
         description=__doc__, formatter_class=RawDescriptionHelpFormatter
     )
-    parser.add_argument("pictures", nargs="+", metavar="PICTURE")
+    parser.add_argument(
+        "pictures", nargs="+", metavar="PICTURE", help="photo, scan or drawing"
+    )
     shipped = Path(__file__).with_name(CHECKPOINT)
-    parser.add_argument("--checkpoint", default=shipped, metavar="FILE")
+    parser.add_argument(
+        "--checkpoint", default=shipped, metavar="FILE", help="file of the weights"
+    )
     arguments = parser.parse_args()
     try:
         model = load_model(arguments.checkpoint, HyperParameters())
