@@ -3,10 +3,10 @@
 python benchmark.py seeds --n 10    accuracy over ten seeds, mean ± sd
 python benchmark.py speed           speed of training, against a plain loop
 
-Both take the hyperparameters of mnist_cnn.py as further flags. `seeds` trains one
-seed per core at a time, on one thread each, and appends each result to a file. A
-seed that is in the file already, with the same hyperparameters, is not trained
-again: when the program has changed, name another file, or delete it.
+Both take the hyperparameters of mnist_cnn.py as further flags. `seeds` trains
+one seed per core at a time, on one thread each, and appends each result to a
+file. A seed that is in the file already, with the same hyperparameters, is not
+trained again: when the program has changed, name another file, or delete it.
 """
 
 import io

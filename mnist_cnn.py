@@ -1,6 +1,6 @@
 """Train TinyCNN, a network of 19,354 parameters, to read handwritten digits.
 
-python mnist_cnn.py                       train, save the best weights, draw curves
+python mnist_cnn.py                       train, and save the best weights
 python mnist_cnn.py --num-epochs 5        change a setting: each one is a flag
 python mnist_cnn.py --resume              continue an interrupted training
 python mnist_cnn.py --evaluate            test the saved weights, digit by digit
