@@ -49,21 +49,21 @@ def read_grey(picture: Picture) -> Any:
     return 1 - alpha * (1 - grey)
 
 
-def darkness(grey: Any, wide: int) -> Any:
-    """How much darker each pixel is than the paper around it, from 0 to 1."""
+def separate_ink(grey: Any, wide: int) -> tuple[Any, Any]:
+    """How much darker each pixel is than the paper around it, and which ones are ink.
+
+    The threshold lies between the mean of the ink and the mean of the other pixels.
+    Raises ValueError if there is no ink.
+    """
     paper = ndimage.grey_closing(grey, wide)  # the strokes go, the shadows stay
-    return 1 - (grey + 0.02) / (paper + 0.02)
-
-
-def above_threshold(ink: Any) -> Any:
-    """Where the ink is nearer to the mean of the dark pixels than of the others."""
+    ink = 1 - (grey + 0.02) / (paper + 0.02)
     if ink.max() < 0.1:
         raise ValueError("nothing is written on it")
     threshold = ink.max() / 2
     for _ in range(20):
         dark = ink > threshold
         threshold = (ink[dark].mean() + ink[~dark].mean()) / 2
-    return ink > threshold
+    return ink, ink > threshold
 
 
 def erase_lines(mask: Any) -> Any:
@@ -91,12 +91,10 @@ def find_ink(grey: Any) -> Any:
         grey = 1 - grey
     frame = np.ones(grey.shape, bool)
     frame[1:-1, 1:-1] = False
-    ink = darkness(grey, wide)
-    dark = above_threshold(ink)
+    ink, dark = separate_ink(grey, wide)
     if dark[frame].mean() > 0.5:  # then it is the paper that stands out
         grey = 1 - grey
-        ink = darkness(grey, wide)
-        dark = above_threshold(ink)
+        ink, dark = separate_ink(grey, wide)
 
     # What touches the border is a table, a thumb or a form, if there is anything else.
     pieces, _ = ndimage.label(erase_lines(dark), NEIGHBOURS)
