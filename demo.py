@@ -1,4 +1,4 @@
-"""Draw a digit in the browser, or drop a photo of one, and see how it is read.
+"""Draw digits in the browser, or drop a photo, and see how they are read.
 
 pip install "gradio>=6" && python demo.py
 """
@@ -8,10 +8,11 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
-from mnist_cnn import CHECKPOINT, HyperParameters, load_model
-from predict import predict_digits, read_digit
+from mnist_cnn import CHECKPOINT, HyperParameters, infer, load_model
+from predict import read_page
 
 MODEL = load_model(Path(__file__).with_name(CHECKPOINT), HyperParameters(device="cpu"))
 
@@ -74,8 +75,10 @@ ANSWER = """
 """
 
 
-def recognize(picture: Any) -> tuple[list[float] | str, Image.Image | None]:
-    """The ten probabilities, or why there are none, and what the network sees.
+def recognize(picture: Any) -> tuple[list[float] | str, np.ndarray | None]:
+    """What is read, and what the network sees.
+
+    What is read is the ten probabilities of a single digit, or a sentence.
 
     The picture is a drawing, as a PNG file in base64, or an uploaded file, or None.
     """
@@ -84,15 +87,16 @@ def recognize(picture: Any) -> tuple[list[float] | str, Image.Image | None]:
     try:
         drawn = isinstance(picture, str)
         file = BytesIO(b64decode(picture)) if drawn else picture["path"]
-        image = read_digit(Image.open(file))
+        images, _ = read_page(Image.open(file))
     except (OSError, SyntaxError, Image.DecompressionBombError):  # all of them Pillow's
         return "This file cannot be read as a picture.", None
     except ValueError as error:
         return f"{error}.".capitalize(), None
-    seen = Image.fromarray(image[0].numpy())
-    _, (probabilities,) = predict_digits(MODEL, [seen])
-    large = seen.resize((280, 280), Image.Resampling.NEAREST)
-    return probabilities.tolist(), large
+    seen = np.hstack(list(images.squeeze(1))).repeat(10, 0).repeat(10, 1)
+    probabilities = infer(MODEL, images).softmax(1)
+    if len(images) == 1:
+        return probabilities[0].tolist(), seen
+    return " ".join(map(str, probabilities.argmax(1).tolist())), seen
 
 
 if __name__ == "__main__":
@@ -101,7 +105,7 @@ if __name__ == "__main__":
     with gr.Blocks(title="TinyCNN", analytics_enabled=False) as page:
         gr.Markdown(
             "# TinyCNN\n"
-            "Draw a digit, or drop a photo of one, and see how a tiny network reads it."
+            "Draw digits, or drop a photo, and see how a tiny network reads them."
         )
         with gr.Row():
             with gr.Column():
@@ -113,6 +117,7 @@ if __name__ == "__main__":
                     seen = gr.Image(
                         label="What the network sees",
                         format="png",
+                        height=300,
                         min_width=200,
                         buttons=[],
                     )

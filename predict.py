@@ -8,6 +8,7 @@ least certain digit.
 """
 
 import sys
+import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,11 @@ def find_ink(grey: Any) -> Any:
     (box,) = ndimage.find_objects(written.astype(int))
     height, width = written[box].shape
     if max(height, width) < 8:
-        raise ValueError("the digit is too small; crop the picture around it")
+        part = 100 * max(height, width) / min(grey.shape)
+        raise ValueError(
+            f"the digit is too small, {part:.0f}% of the picture's side; "
+            "crop the picture around it"
+        )
 
     is_filled = written[box].mean() > 0.7 and 0.5 < height / width < 2
     if is_filled and height * width < 0.9 * written.size:
@@ -169,13 +174,28 @@ def read_digit(picture: Picture) -> Tensor:
     """The picture's digit in the form of MNIST's images: (1, 28, 28) uint8.
 
     A picture of that form stays as it is. Raises OSError for a file that is no picture
-    and ValueError for a picture without a digit.
+    and ValueError for a picture without a digit, and warns of several digits.
     """
     grey = read_grey(picture)
     corners = grey[::27, ::27]
     if grey.shape != (28, 28) or corners.any() or not grey.any():
-        grey = like_mnist(find_ink(grey))
+        ink = find_ink(grey)
+        if len(find_digits(ink)) > 1:
+            warnings.warn("several digits: use predict_page for them", stacklevel=3)
+        grey = like_mnist(ink)
     return torch.from_numpy(255 * grey).round().byte().unsqueeze(0)
+
+
+def read_page(picture: Picture) -> tuple[Tensor, list[Box]]:
+    """The picture's N digits, from left to right, line by line, as MNIST's images.
+
+    Returns the images (N, 1, 28, 28) uint8, and the box of each digit: its rows and
+    columns in `read_grey(picture)`. Raises as `read_digit` does.
+    """
+    ink = find_ink(read_grey(picture))
+    boxes = find_digits(ink)
+    digits = np.stack([like_mnist(ink[box]) for box in boxes])
+    return torch.from_numpy(255 * digits).round().byte().unsqueeze(1), boxes
 
 
 def predict_digits(model: nn.Module, pictures: Any) -> tuple[Tensor, Tensor]:
@@ -188,7 +208,7 @@ def predict_digits(model: nn.Module, pictures: Any) -> tuple[Tensor, Tensor]:
     is_batch = isinstance(pictures, np.ndarray) and pictures.shape[1:] == (28, 28)
     if not is_batch and not isinstance(pictures, list):
         raise TypeError("pictures must be a list, or an array of shape (N, 28, 28)")
-    images = torch.stack([read_digit(picture) for picture in pictures])
+    images = torch.stack(list(map(read_digit, pictures)))
     probabilities = infer(model, images).softmax(1)
     return probabilities.argmax(1), probabilities
 
@@ -198,13 +218,10 @@ def predict_page(
 ) -> tuple[Tensor, Tensor, list[Box]]:
     """Read the N digits of a picture from left to right, line by line.
 
-    Returns the digits (N,) int64, the probabilities (N, 10), and the box of each digit:
-    its rows and columns in `read_grey(picture)`. Raises as `read_digit` does.
+    Returns the digits (N,) int64, the probabilities (N, 10), and the boxes that
+    `read_page` finds. Raises as `read_digit` does.
     """
-    ink = find_ink(read_grey(picture))
-    boxes = find_digits(ink)
-    digits = np.stack([like_mnist(ink[box]) for box in boxes])
-    images = torch.from_numpy(255 * digits).round().byte().unsqueeze(1)
+    images, boxes = read_page(picture)
     probabilities = infer(model, images).softmax(1)
     return probabilities.argmax(1), probabilities, boxes
 

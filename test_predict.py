@@ -75,15 +75,22 @@ def test_the_digit_is_fitted_like_those_of_mnist():
     assert (predict.read_digit(image)[0].numpy() == image).all()
 
 
-def test_a_page_is_read_line_by_line():
+@pytest.fixture
+def page():
     page = Image.new("L", (600, 400), 235)
     for strokes, corner in ((ONE, (0, 10)), (SEVEN, (200, 0)), (SEVEN, (0, 200))):
         page.paste(draw(strokes), corner)
     ImageDraw.Draw(page).line([(60, 300), (120, 300)], 235, 4)  # cuts the last 7
+    return page
+
+
+def test_a_page_is_read_line_by_line(page):
     model = load_model(CHECKPOINT, HyperParameters())
     digits, _, boxes = predict.predict_page(model, page)
     assert digits.tolist() == [1, 7, 7]
     assert [columns.start < 60 for _, columns in boxes] == [True, False, True]
+    with pytest.warns(UserWarning, match="several digits"):
+        predict.predict_digits(model, [page])
 
 
 def test_one_bad_picture_does_not_stop_the_others(tmp_path):
@@ -119,7 +126,7 @@ def test_the_snippets_of_the_readme_work(tmp_path):
     assert result.stdout.endswith("\n5 [7, 1]\n"), result.stderr
 
 
-def test_the_demo_answers_a_drawing_a_photo_and_an_empty_page(tmp_path, monkeypatch):
+def test_the_demo_answers_a_drawing_a_photo_and_no_picture(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the checkpoint lies beside the script
     from demo import recognize
 
@@ -129,3 +136,6 @@ def test_the_demo_answers_a_drawing_a_photo_and_an_empty_page(tmp_path, monkeypa
         probabilities, _ = recognize(picture)
         assert np.argmax(probabilities) == 7
     assert recognize(None) == ("", None)
+    page.save("page.png")
+    answer, _ = recognize({"path": "page.png"})
+    assert answer == "1 7 7"
