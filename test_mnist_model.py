@@ -226,14 +226,14 @@ def test_augment_is_the_affine_transform_of_scipy():
     for image, result, (turn, size, stretch, shear, right, down) in zip(
         images, warped, drawn.T, strict=True
     ):
-        angle = math.radians(15 * turn)
+        angle = math.radians(22 * turn)
         rotation = np.array(  # the coordinates are y, x
             [[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]]
         )
-        shearing = np.array([[1, 0], [0.25 * shear, 1]])
-        stretching = np.diag([1.12**-stretch, 1.12**stretch])
-        matrix = rotation @ shearing @ stretching / (1 + 0.15 * size)
-        offset = np.array([2 * down, 2 * right]) + 13.5 - matrix @ [13.5, 13.5]
+        shearing = np.array([[1, 0], [0.38 * shear, 1]])
+        stretching = np.diag([1.18**-stretch, 1.18**stretch])
+        matrix = rotation @ shearing @ stretching / (1 + 0.22 * size)
+        offset = np.array([3 * down, 3 * right]) + 13.5 - matrix @ [13.5, 13.5]
         expected = affine_transform(
             image[0], matrix, offset, order=1, mode="grid-constant"
         )
@@ -281,17 +281,22 @@ def test_mistakes_are_counted_and_sorted_by_confidence():
 # ---- Training ------------------------------------------------------------------------
 
 
-def test_learning_rate_rises_tenfold_then_falls_and_dropout_falls_to_0():
+def test_schedules_of_the_learning_rate_the_warps_and_dropout(monkeypatch):
     params = HyperParameters(num_epochs=5, batch_size=4)
     model = TinyCNN()
     optimizer, schedule = mnist_cnn.make_optimizer(model, 80, params)
     rates, dropout = schedule.get_last_lr(), []
     optimizer.register_step_post_hook(lambda *_: rates.extend(schedule.get_last_lr()))
     training_set = torch.zeros(80, 1, 28, 28), torch.arange(80) % 10
+    warps = []
+    monkeypatch.setattr(
+        mnist_cnn, "augment", lambda images, strength: warps.append(strength) or images
+    )
     for epoch in range(1, 6):
         mnist_cnn.train_epoch(model, optimizer, schedule, training_set, epoch, params)
         dropout.append(model.fc[0].p)
-    assert dropout == pytest.approx([0.2, 0.15, 0.1, 0.05, 0])
+    assert dropout == pytest.approx([0.15, 0.05, 0, 0, 0])
+    assert warps[::20] == pytest.approx([1, 1, 0.8, 0.4, 0])
     assert (rates[0], max(rates)) == pytest.approx((0.0009, 0.009))
     assert rates.index(max(rates)) == pytest.approx(30, abs=1)
     assert rates[-1] < 1e-5
