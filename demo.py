@@ -57,7 +57,7 @@ element.querySelector("button").onclick = () => {
 };
 watch("value", () => props.value || clear());  // a photo takes the drawing's place
 """
-# The value is the list of probabilities, or a sentence.
+# The value is the list of probabilities, or a text.
 ANSWER = """
 <div style="min-height: 300px">
   <h2>${Array.isArray(value) ? value.indexOf(Math.max(...value)) : value}</h2>
@@ -76,9 +76,7 @@ ANSWER = """
 
 
 def recognize(picture: Any) -> tuple[list[float] | str, np.ndarray | None]:
-    """What is read, and what the network sees.
-
-    What is read is the ten probabilities of a single digit, or a sentence.
+    """The probabilities of a single digit, or else a text; and what the network sees.
 
     The picture is a drawing, as a PNG file in base64, or an uploaded file, or None.
     """

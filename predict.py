@@ -23,7 +23,7 @@ from mnist_cnn import CHECKPOINT, HyperParameters, infer, load_model
 
 Picture = str | Path | Image.Image | np.ndarray
 Box = tuple[slice, slice]  # rows and columns
-SIDE = 200  # pixels along the shorter side of a picture, after it is shrunk
+SIDE = 200  # a large picture is shrunk to about as many pixels on its shorter side
 NEIGHBOURS = np.ones((3, 3))
 
 
@@ -32,11 +32,12 @@ def read_grey(picture: Picture) -> Any:
     if isinstance(picture, str | Path):
         try:
             picture = Image.open(picture)
-        except UnidentifiedImageError as error:
+            picture.draft("RGB", (SIDE, SIDE))  # decodes a large JPEG much faster
+            picture.load()
+        except (UnidentifiedImageError, SyntaxError) as error:  # both of them Pillow's
             raise OSError(f"{error}; export it as JPEG or PNG") from error
     if isinstance(picture, np.ndarray):
         picture = Image.fromarray(picture)
-    picture.draft("L", (SIDE, SIDE))  # decodes a large JPEG at a fraction of its size
     picture = ImageOps.exif_transpose(picture)  # photos may lie on their side
 
     if picture.mode[0] in "IF":  # one channel of more than 8 bits
@@ -68,7 +69,7 @@ def separate_ink(grey: Any, wide: int) -> tuple[Any, Any]:
 
 
 def erase_lines(mask: Any) -> Any:
-    """Erase the lines of a form: two or more of them cross the whole picture."""
+    """Erase the lines of a form, if at least two of them cross the whole picture."""
     height, width = mask.shape
     across = ndimage.binary_opening(mask, np.ones((1, width // 2)))
     down = ndimage.binary_opening(mask, np.ones((height // 2, 1)))
@@ -97,7 +98,7 @@ def find_ink(grey: Any) -> Any:
         grey = 1 - grey
         ink, dark = separate_ink(grey, wide)
 
-    # What touches the border is a table, a thumb or a form, if there is anything else.
+    # Drop what touches the border (a table, a thumb, a form), unless little is left.
     pieces, _ = ndimage.label(erase_lines(dark), NEIGHBOURS)
     sizes = np.bincount(pieces.flat)
     sizes[0] = 0  # this is the paper
@@ -130,7 +131,7 @@ def find_ink(grey: Any) -> Any:
 
 def find_digits(ink: Any) -> list[Box]:
     """The box of each digit, from left to right, line by line."""
-    # Pieces one above the other are one digit. A small piece belongs to the next one.
+    # Pieces above one another are one digit. A small piece joins what is beside it.
     written = ink > 0
     pieces, _ = ndimage.label(written, NEIGHBOURS)
     heights = [rows.stop - rows.start for rows, _ in ndimage.find_objects(pieces)]
@@ -201,13 +202,17 @@ def read_page(picture: Picture) -> tuple[Tensor, list[Box]]:
 def predict_digits(model: nn.Module, pictures: Any) -> tuple[Tensor, Tensor]:
     """Read one digit from each of N pictures. For several, see `predict_page`.
 
-    pictures: a list of paths, PIL images, or uint8 arrays (H, W) or (H, W, 3); or an
-    array (N, 28, 28). Returns the digits (N,) int64 and the probabilities (N, 10).
-    Raises OSError or ValueError as `read_digit` does.
+    pictures: a list of paths, PIL images, or uint8 arrays (H, W) or (H, W, 3); or a
+    uint8 array (N, 28, 28). Returns the digits (N,) int64 and the probabilities
+    (N, 10). Raises OSError or ValueError as `read_digit` does.
     """
-    is_batch = isinstance(pictures, np.ndarray) and pictures.shape[1:] == (28, 28)
+    is_batch = (
+        isinstance(pictures, np.ndarray)
+        and pictures.dtype == np.uint8
+        and pictures.shape[1:] == (28, 28)
+    )
     if not is_batch and not isinstance(pictures, list):
-        raise TypeError("pictures must be a list, or an array of shape (N, 28, 28)")
+        raise TypeError("pictures must be a list, or a uint8 array (N, 28, 28)")
     images = torch.stack(list(map(read_digit, pictures)))
     probabilities = infer(model, images).softmax(1)
     return probabilities.argmax(1), probabilities
