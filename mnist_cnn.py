@@ -55,11 +55,11 @@ class HyperParameters:
         0.0009, "learning rate of the first step; it rises tenfold"
     )
     dropout_rate: float = setting(
-        0.25, "dropout rate, which falls to 0 in the first half"
+        0.25, "dropout rate; falls to 0 by the middle of the training"
     )
     random_seed: int = setting(42, "seed of weights, order, warps and dropout")
     augmentation: float = setting(
-        1.0, "strength of the warps, which falls to 0 in the second half"
+        1.0, "strength of the warps; falls to 0 from the middle on"
     )
     validation_size: int = setting(
         5_000, "training images held out to choose the epoch"
@@ -260,7 +260,7 @@ def best_epoch(history: list[EpochMetrics]) -> EpochMetrics:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name. "auto" is an accelerator, or the CPU without one."""
+    """The device of that name. "auto" is the accelerator, if any, else the CPU."""
     if name == "auto":
         name = "cpu"
         if torch.accelerator.is_available():
@@ -272,14 +272,14 @@ def pick_device(name: str) -> torch.device:
 
 
 def has_bfloat16() -> bool:
-    """Whether the CPU computes in bfloat16, which is 1.3 times as fast."""
+    """Whether the CPU computes in bfloat16 (AVX-512), which is 1.3 times as fast."""
     if not hasattr(torch.cpu, "get_capabilities"):
         return False  # torch does not tell before version 2.11
     return torch.cpu.get_capabilities().get("avx512_bf16", False)
 
 
 def keep_freed_memory() -> None:
-    """Have glibc reuse memory, not return it after each step: 1.1 times as fast."""
+    """Make glibc keep the memory that a step frees, which is 1.1 times as fast."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD
@@ -379,8 +379,9 @@ def train_model(
     """Train TinyCNN and print one line per epoch.
 
     Whenever an epoch is the best so far, its weights are saved to `checkpoint`. After
-    every epoch the state of the training is saved to `<checkpoint>.resume`, from where
-    resume=True continues with the settings in that file, to the same weights.
+    every epoch the state of the training is saved to `<checkpoint>.resume`, which is
+    deleted at the end. resume=True continues from it, to the same weights, with its
+    settings but for `device` and `data_dir`.
 
     Returns the model with the best weights, in eval mode, and all epochs' metrics.
     Raises OSError or ValueError for data or a file that cannot be used, and
@@ -467,7 +468,7 @@ def load(path: str | Path) -> dict[str, Any]:
     except OSError:
         raise
     except Exception as error:  # a damaged file can raise almost anything
-        raise ValueError(f"{path} is damaged or was not saved by torch.save") from error
+        raise ValueError(f"{path} is damaged, or no file of weights") from error
 
 
 def load_model(model_path: str | Path, params: HyperParameters) -> TinyCNN:
