@@ -336,7 +336,6 @@ def train_epoch(
         "cpu",
         torch.bfloat16,
         enabled=params.precision == "auto" and has_bfloat16(),
-        cache_enabled=False,  # an interrupt could leave stale weights in it
     )
     totals = torch.zeros(2, device=images.device)  # loss, correct answers
     seen = 0

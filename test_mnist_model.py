@@ -331,22 +331,6 @@ def test_a_resumed_training_ends_like_an_uninterrupted_one(
     assert_equal(torch.load(path), dict(whole.state_dict()))
 
 
-def test_an_interrupt_does_not_spoil_the_next_training(params, tmp_path, monkeypatch):
-    """In a notebook: autocast must not keep the first step's weights from then on."""
-    path = tmp_path / "model.pth"
-    monkeypatch.setattr(mnist_cnn, "has_bfloat16", lambda: True)
-    _, undisturbed = mnist_cnn.train_model(params, path)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(torch.autocast, "__exit__", interrupt)
-        mnist_cnn.train_model(params, path)
-    _, history = mnist_cnn.train_model(params, path)
-    torch.set_autocast_enabled("cpu", False)
-    torch.set_autocast_cache_enabled(True)
-    torch.autocast_decrement_nesting()
-    torch.clear_autocast_cache()
-    assert history[-1].train_loss == pytest.approx(undisturbed[-1].train_loss, rel=0.2)
-
-
 # ---- Several processes ---------------------------------------------------------------
 
 
