@@ -86,7 +86,6 @@ def find_ink(grey: Any) -> Any:
 
     Raises ValueError if nothing is written there, or if it is too small.
     """
-    grey = ndimage.gaussian_filter(grey, min(grey.shape) / SIDE)
     wide = max(3, min(grey.shape) // 3)  # wider than a stroke of the pen
     contrast = grey - ndimage.uniform_filter(grey, wide)
     if (contrast**3).sum() > 0:  # what stands out is lighter than the paper
