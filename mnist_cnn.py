@@ -6,7 +6,7 @@ python mnist_cnn.py --resume              continue an interrupted training
 python mnist_cnn.py --evaluate            test the saved weights, digit by digit
 torchrun --nproc-per-node=2 mnist_cnn.py  train with two processes, or two GPUs
 
-Test accuracy on MNIST after 20 epochs: 99.525 ± 0.059 %, mean ± sd of ten seeds
+Test accuracy on MNIST after 20 epochs: 99.569 ± 0.040 %, mean ± sd of ten seeds
 (RESULTS.md).
 """
 
