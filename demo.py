@@ -90,7 +90,7 @@ def recognize(picture: Any) -> tuple[list[float] | str, np.ndarray | None]:
         return "This file cannot be read as a picture.", None
     except ValueError as error:
         return f"{error}.".capitalize(), None
-    seen = np.hstack(list(images.squeeze(1))).repeat(10, 0).repeat(10, 1)
+    seen = np.hstack(list(images.squeeze(1))).repeat(20, 0).repeat(20, 1)
     probabilities = infer(MODEL, images).softmax(1)
     if len(images) == 1:
         return probabilities[0].tolist(), seen
