@@ -75,6 +75,11 @@ def test_the_digit_is_fitted_like_those_of_mnist():
     assert (predict.read_digit(image)[0].numpy() == image).all()
 
 
+def test_an_array_of_another_shape_is_refused():
+    with pytest.raises(TypeError, match="a list, or a uint8 array"):
+        predict.predict_digits(None, np.zeros((2, 784), np.uint8))
+
+
 @pytest.fixture
 def page():
     page = Image.new("L", (600, 400), 235)
