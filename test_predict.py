@@ -66,6 +66,14 @@ def test_the_shipped_checkpoint_reads_pictures_of_every_kind(tmp_path):
     assert misread == []
 
 
+def test_a_bold_digit_that_fills_its_picture_is_not_taken_for_light_on_dark():
+    zero = Image.new("L", (124, 164), 235)
+    ImageDraw.Draw(zero).ellipse((2, 2, 122, 162), outline=30, width=30)
+    model = load_model(CHECKPOINT, HyperParameters())
+    digits, _ = predict.predict_digits(model, [zero])
+    assert digits.tolist() == [0]
+
+
 def test_the_digit_is_fitted_like_those_of_mnist():
     """Into 20x20 pixels, with its centre of mass in the middle of 28x28."""
     image = predict.read_digit(draw(SEVEN))[0].numpy()
