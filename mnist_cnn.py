@@ -467,7 +467,7 @@ def load(path: str | Path) -> dict[str, Any]:
     except OSError:
         raise
     except Exception as error:  # a damaged file can raise almost anything
-        raise ValueError(f"{path} is damaged, or no file of weights") from error
+        raise ValueError(f"{path} is damaged, or not a file of weights") from error
 
 
 def load_model(model_path: str | Path, params: HyperParameters) -> TinyCNN:
