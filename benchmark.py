@@ -4,19 +4,16 @@ python benchmark.py seeds --n 10    accuracy over ten seeds, mean ± sd
 python benchmark.py speed           speed of training, against a plain loop
 
 Both take the hyperparameters of mnist_cnn.py as further flags. `seeds` trains
-one seed per core at a time, on one thread each, and appends each result to a
-file. A seed that is in the file already, with the same hyperparameters, is not
-trained again: when the program has changed, name another file, or delete it.
+one seed per core at a time, on one thread each.
 """
 
 import io
-import json
 import multiprocessing
 import signal
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, median, stdev
 from tempfile import TemporaryDirectory
@@ -37,8 +34,8 @@ spawn = multiprocessing.get_context("spawn")  # a forked process could not use C
 # ---- Accuracy over seeds -------------------------------------------------------------
 
 
-def train_seed(params: HyperParameters) -> dict[str, Any]:
-    """Train silently on one thread. Returns a line of the results file."""
+def train_seed(params: HyperParameters) -> tuple[list[EpochMetrics], float]:
+    """Train silently on one thread. Returns all epochs' metrics, and the seconds."""
     torch.set_num_threads(1)
     silence = io.StringIO()
     start = perf_counter()
@@ -48,53 +45,29 @@ def train_seed(params: HyperParameters) -> dict[str, Any]:
         redirect_stderr(silence),
     ):
         _, history = mnist_cnn.train_model(params, Path(folder, "model.pth"))
-    return {
-        "params": asdict(params),
-        "seconds": perf_counter() - start,
-        "history": [metrics._asdict() for metrics in history],
-    }
+    return history, perf_counter() - start
 
 
-def train_seeds(runs: list[HyperParameters], path: Path) -> Iterator[dict[str, Any]]:
-    """The results of all runs, from the file or else from training."""
-    missing = [asdict(run) for run in runs]
-    if path.exists():
-        for line in path.read_text().splitlines():
-            result = json.loads(line)
-            if result["params"] in missing:
-                missing.remove(result["params"])
-                yield result
-    if not missing:
-        return
-    mnist_cnn.load_images(runs[0], train=True)  # downloads it once, not in every worker
-    on_cpu = mnist_cnn.pick_device(runs[0].device).type == "cpu"
-    num_workers = torch.get_num_threads() if on_cpu else 1
-    ignore_ctrl_c = (signal.SIGINT, signal.SIG_IGN)  # it stops the main process
-    with (
-        path.open("a") as file,
-        spawn.Pool(num_workers, signal.signal, ignore_ctrl_c) as pool,
-    ):
-        for result in pool.imap_unordered(
-            train_seed, [HyperParameters(**params) for params in missing]
-        ):
-            print(json.dumps(result), file=file, flush=True)
-            yield result
-
-
-def seeds(params: HyperParameters, n: int, path: Path) -> None:
+def seeds(params: HyperParameters, n: int) -> None:
     """Print the accuracies of n seeds, from params.random_seed on."""
     runs = [replace(params, random_seed=params.random_seed + i) for i in range(n)]
+    mnist_cnn.load_images(params, train=True)  # downloads it once, not in every worker
+    on_cpu = mnist_cnn.pick_device(params.device).type == "cpu"
+    num_workers = torch.get_num_threads() if on_cpu else 1
+    ignore_ctrl_c = (signal.SIGINT, signal.SIG_IGN)  # it stops the main process
     chosen, last = [], []
-    for result in train_seeds(runs, path):
-        history = [EpochMetrics(**metrics) for metrics in result["history"]]
-        best = mnist_cnn.best_epoch(history)
-        chosen.append(best)
-        last.append(history[-1])
-        seed = result["params"]["random_seed"]
-        print(
-            f"Seed {seed}, best epoch {best.epoch}, {result['seconds']:.0f} s - {best}",
-            flush=True,
-        )
+    with spawn.Pool(num_workers, signal.signal, ignore_ctrl_c) as pool:
+        for run, (history, seconds) in zip(
+            runs, pool.imap(train_seed, runs), strict=True
+        ):
+            best = mnist_cnn.best_epoch(history)
+            chosen.append(best)
+            last.append(history[-1])
+            print(
+                f"Seed {run.random_seed}, best epoch {best.epoch}, {seconds:.0f} s "
+                f"- {best}",
+                flush=True,
+            )
     report("Test accuracy, best epoch on validation", [e.test_accuracy for e in chosen])
     report("Test accuracy, last epoch", [e.test_accuracy for e in last])
     report("Validation accuracy, best epoch", [e.validation_accuracy for e in chosen])
@@ -145,7 +118,7 @@ def train_as_we_do(params: HyperParameters, num_images: int) -> Iterator[None]:
 
 
 def images_per_second(loop: Any, params: HyperParameters) -> float:
-    """Of the second epoch of 12,800 images; the first one is to warm up."""
+    """Time the second epoch on 12,800 images. The first one is the warm-up."""
     epochs = loop(params, 12_800)
     with redirect_stderr(io.StringIO()):  # no progress bar
         next(epochs)
@@ -172,17 +145,16 @@ def speed(params: HyperParameters) -> None:
 
 def main() -> None:
     parser = ArgumentParser(
-        description=__doc__, formatter_class=RawDescriptionHelpFormatter
+        usage="python %(prog)s {seeds,speed} [flags]",
+        description=__doc__,
+        formatter_class=RawDescriptionHelpFormatter,
     )
     parser.add_argument("measurement", choices=["seeds", "speed"])
     parser.add_argument("--n", type=int, default=10, help="number of seeds")
-    parser.add_argument(
-        "--results", type=Path, default="seeds.jsonl", help="file of trained seeds"
-    )
     arguments, flags = parser.parse_known_args()
     params, _ = mnist_cnn.parse_arguments(flags)
     if arguments.measurement == "seeds":
-        seeds(params, arguments.n, arguments.results)
+        seeds(params, arguments.n)
     else:
         speed(params)
 
