@@ -37,15 +37,16 @@ def read_grey(picture: Picture) -> Any:
         except (UnidentifiedImageError, SyntaxError) as error:  # both of them Pillow's
             raise OSError(f"{error}; export it as JPEG or PNG") from error
     if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8:
+            raise TypeError(f"an array must be uint8, not {picture.dtype}")
         picture = Image.fromarray(picture)
     picture = ImageOps.exif_transpose(picture)  # photos may lie on their side
 
-    if picture.mode[0] in "IF":  # one channel of more than 8 bits
-        values = np.asarray(picture, np.float32)
-        return values / max(255, values.max())
     shrink = max(1, round(min(picture.size) / SIDE))
-    picture = picture.convert("RGBA").reduce(shrink)
-    rgba = np.asarray(picture, np.float32) / 255
+    if picture.mode[0] in "IF":  # one channel of more than 8 bits
+        values = np.asarray(picture.convert("F").reduce(shrink))
+        return values / max(255, values.max())
+    rgba = np.asarray(picture.convert("RGBA").reduce(shrink), np.float32) / 255
     grey = rgba[..., :3].mean(axis=2)
     alpha = rgba[..., 3]
     return 1 - alpha * (1 - grey)
@@ -205,11 +206,7 @@ def predict_digits(model: nn.Module, pictures: Any) -> tuple[Tensor, Tensor]:
     uint8 array (N, 28, 28). Returns the digits (N,) int64 and the probabilities
     (N, 10). Raises OSError or ValueError as `read_digit` does.
     """
-    is_batch = (
-        isinstance(pictures, np.ndarray)
-        and pictures.dtype == np.uint8
-        and pictures.shape[1:] == (28, 28)
-    )
+    is_batch = isinstance(pictures, np.ndarray) and pictures.shape[1:] == (28, 28)
     if not is_batch and not isinstance(pictures, list):
         raise TypeError("pictures must be a list, or a uint8 array (N, 28, 28)")
     images = torch.stack(list(map(read_digit, pictures)))
