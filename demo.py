@@ -83,10 +83,12 @@ def recognize(picture: Any) -> tuple[list[float] | str, np.ndarray | None]:
     if picture is None:
         return "", None
     try:
-        drawn = isinstance(picture, str)
-        file = BytesIO(b64decode(picture)) if drawn else picture["path"]
-        images, _ = read_page(Image.open(file))
-    except (OSError, SyntaxError, Image.DecompressionBombError):  # all of them Pillow's
+        if isinstance(picture, str):
+            picture = Image.open(BytesIO(b64decode(picture)))
+        else:
+            picture = picture["path"]
+        images, _ = read_page(picture)
+    except (OSError, Image.DecompressionBombError):  # both of them Pillow's
         return "This file cannot be read as a picture.", None
     except ValueError as error:
         return f"{error}.".capitalize(), None
