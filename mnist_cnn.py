@@ -66,7 +66,7 @@ class HyperParameters:
     )
     device: str = setting("auto", "cpu, cuda, ...; auto takes a GPU if there is one")
     precision: str = setting(
-        "auto", "float32; auto takes bfloat16 on a CPU that has it"
+        "auto", "auto or float32; auto takes bfloat16 on a CPU that has it"
     )
     data_dir: str = setting(
         os.environ.get("MNIST_DATA_DIR", "data"), "folder that holds MNIST/raw"
@@ -120,7 +120,7 @@ def load_splits(params: HyperParameters, device: torch.device) -> list[Split]:
 
 
 def normalize(images: Tensor) -> Tensor:
-    """Scale uint8 pixels to float32, with mean 0 and deviation 1 over all of MNIST."""
+    """Scale pixels of 0 to 255 to mean 0 and deviation 1 over the training images."""
     return (images.float() / 255 - 0.1307) / 0.3081
 
 
@@ -379,8 +379,8 @@ def train_model(
 
     Whenever an epoch is the best so far, its weights are saved to `checkpoint`. After
     every epoch the state of the training is saved to `<checkpoint>.resume`, which is
-    deleted at the end. resume=True continues from it, to the same weights, with its
-    settings but for `device` and `data_dir`.
+    deleted at the end. resume=True continues from that file and ends in the same
+    weights. It takes all settings but `device` and `data_dir` from there.
 
     Returns the model with the best weights, in eval mode, and all epochs' metrics.
     Raises OSError or ValueError for data or a file that cannot be used, and
@@ -530,9 +530,9 @@ def plot_history(history: list[EpochMetrics]) -> Any:
 
 
 def plot_mistakes(images: Tensor, labels: Tensor, logits: Tensor) -> Any:
-    """A matplotlib figure of the missed images, the most confident mistakes first.
+    """A matplotlib figure of the 48 most confident mistakes, or of all if fewer.
 
-    Next to them is the confusion matrix of the mistakes.
+    Next to them is the confusion matrix of all mistakes.
     images: (N, 1, 28, 28), labels: (N,), logits: (N, 10).
     """
     import matplotlib.pyplot as plt
@@ -659,7 +659,8 @@ def main() -> int:
         return 2
     except KeyboardInterrupt:
         print(
-            "\nStopped. If an epoch was finished, --resume continues.", file=sys.stderr
+            "\nStopped. --resume continues a training after its last finished epoch.",
+            file=sys.stderr,
         )
         return 130
     return 0

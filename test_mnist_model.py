@@ -1,7 +1,7 @@
 """Tests of mnist_cnn.py and of the checkpoint that is shipped with it.
 
-Most of them train on a few images that are made here. Those that need MNIST are skipped
-where it cannot be had; in CI they fail instead.
+They train on a few images that are made here. The one test that needs MNIST is skipped
+where MNIST cannot be had; in CI it fails instead.
 """
 
 import json
@@ -34,16 +34,6 @@ from mnist_cnn import EpochMetrics, HyperParameters, TinyCNN
 
 SCRIPT = Path(mnist_cnn.__file__)
 CHECKPOINT = SCRIPT.with_name("best_mnist_model.pth")
-
-
-def load_mnist(train):
-    """The real images and labels."""
-    try:
-        return mnist_cnn.load_images(HyperParameters(), train)
-    except OSError as error:
-        if "CI" in os.environ:
-            raise
-        pytest.skip(str(error))
 
 
 def write_idx(path, array):
@@ -166,7 +156,12 @@ def test_shipped_checkpoint_computes_what_the_published_architecture_says():
 
 
 def test_shipped_checkpoint_is_more_than_99_4_percent_accurate(capsys):
-    load_mnist(train=False)
+    try:
+        mnist_cnn.load_images(HyperParameters(), train=False)
+    except OSError as error:
+        if "CI" in os.environ:
+            raise
+        pytest.skip(str(error))
     _, accuracy = mnist_cnn.load_and_evaluate_model(CHECKPOINT, HyperParameters())
     assert 99.4 < accuracy <= 100
     assert capsys.readouterr().out == f"Current test accuracy: {accuracy:.2f}%\n"
@@ -335,7 +330,10 @@ def test_a_resumed_training_ends_like_an_uninterrupted_one(
 
 
 def save_gradients(rank, world_size, folder):
-    """Of one step on 61 images, without what differs by process: dropout, BatchNorm."""
+    """Take one step on 61 images, without dropout and batch statistics.
+
+    Those two differ by process.
+    """
     mnist_cnn.RANK, mnist_cnn.WORLD_SIZE = rank, world_size
     meeting = f"file://{folder}/meeting_of_{world_size}"
     dist.init_process_group(
@@ -462,7 +460,7 @@ def test_the_script_alone_in_a_folder_trains_stops_resumes_and_evaluates(
     training.send_signal(signal.SIGINT)
     _, errors = training.communicate()
     assert training.returncode == 130
-    assert re.fullmatch(r"\nStopped\. .* --resume continues\.\n", errors)
+    assert re.fullmatch(r"\nStopped\. --resume continues .*\.\n", errors)
 
     backend = "module://not_installed"  # as a notebook may leave it
     result = run(*command, "--resume", cwd=tmp_path, MPLBACKEND=backend)
