@@ -70,7 +70,9 @@ def seeds(params: HyperParameters, n: int) -> None:
             )
     report("Test accuracy, best epoch on validation", [e.test_accuracy for e in chosen])
     report("Test accuracy, last epoch", [e.test_accuracy for e in last])
-    report("Validation accuracy, best epoch", [e.validation_accuracy for e in chosen])
+    if params.validation_size > 0:
+        validation = [e.validation_accuracy for e in chosen]
+        report("Validation accuracy, best epoch", validation)
 
 
 def report(name: str, values: list[float]) -> None:
