@@ -26,7 +26,7 @@ from torch.optim import Adam
 from torch.utils.data import DataLoader
 
 import mnist_cnn
-from mnist_cnn import EpochMetrics, HyperParameters, TinyCNN
+from mnist_cnn import HyperParameters, Metrics, TinyCNN
 
 spawn = multiprocessing.get_context("spawn")  # a forked process could not use CUDA
 
@@ -34,7 +34,7 @@ spawn = multiprocessing.get_context("spawn")  # a forked process could not use C
 # ---- Accuracy over seeds -------------------------------------------------------------
 
 
-def train_seed(params: HyperParameters) -> tuple[list[EpochMetrics], float]:
+def train_seed(params: HyperParameters) -> tuple[list[Metrics], float]:
     """Train silently on one thread. Returns all epochs' metrics, and the seconds."""
     torch.set_num_threads(1)
     silence = io.StringIO()
@@ -51,7 +51,9 @@ def train_seed(params: HyperParameters) -> tuple[list[EpochMetrics], float]:
 def seeds(params: HyperParameters, n: int) -> None:
     """Print the accuracies of n seeds, from params.random_seed on."""
     runs = [replace(params, random_seed=params.random_seed + i) for i in range(n)]
-    mnist_cnn.load_images(params, train=True)  # downloads it once, not in every worker
+    mnist_cnn.read_mnist(
+        params.data_dir, train=True
+    )  # downloads it once, not in every worker
     on_cpu = mnist_cnn.pick_device(params.device).type == "cpu"
     num_workers = torch.get_num_threads() if on_cpu else 1
     ignore_ctrl_c = (signal.SIGINT, signal.SIG_IGN)  # it stops the main process
@@ -64,18 +66,17 @@ def seeds(params: HyperParameters, n: int) -> None:
             chosen.append(best)
             last.append(history[-1])
             print(
-                f"Seed {run.random_seed}, best epoch {best.epoch}, {seconds:.0f} s "
-                f"- {best}",
+                f"Seed {run.random_seed}, {seconds:.0f} s, epoch {best['epoch']} -",
+                mnist_cnn.EPOCH_LINE.format(**best),
                 flush=True,
             )
-    report("Test accuracy, best epoch on validation", [e.test_accuracy for e in chosen])
-    report("Test accuracy, last epoch", [e.test_accuracy for e in last])
-    if params.validation_size > 0:
-        validation = [e.validation_accuracy for e in chosen]
-        report("Validation accuracy, best epoch", validation)
+    report("Test accuracy, best epoch on validation", chosen, "test_accuracy")
+    report("Test accuracy, last epoch", last, "test_accuracy")
+    report("Validation accuracy, best epoch", chosen, "validation_accuracy")
 
 
-def report(name: str, values: list[float]) -> None:
+def report(name: str, epochs: list[Metrics], metric: str) -> None:
+    values = [epoch[metric] for epoch in epochs]
     sd = stdev(values) if len(values) > 1 else float("nan")
     low, high = min(values), max(values)
     print(f"{name}: {mean(values):.3f} ± {sd:.3f} % ({low:.2f} to {high:.2f})")
@@ -95,7 +96,6 @@ def train_plainly(params: HyperParameters, num_images: int) -> Iterator[None]:
     dataset.data = dataset.data[:num_images]
     loader: DataLoader[Any] = DataLoader(dataset, params.batch_size, shuffle=True)
     model = TinyCNN(params.dropout_rate).to(device)
-    model.to(memory_format=torch.contiguous_format)
     optimizer = Adam(model.parameters(), lr=params.learning_rate)
     while True:
         for images, labels in loader:
@@ -109,13 +109,11 @@ def train_plainly(params: HyperParameters, num_images: int) -> Iterator[None]:
 
 def train_as_we_do(params: HyperParameters, num_images: int) -> Iterator[None]:
     device = mnist_cnn.pick_device(params.device)
-    images, labels = mnist_cnn.load_images(params, train=True)
+    images, labels = mnist_cnn.read_mnist(params.data_dir, train=True)
     training_set = images[:num_images].to(device), labels[:num_images].to(device)
-    mnist_cnn.keep_freed_memory()
-    model = TinyCNN(params.dropout_rate).to(device)
-    optimizer, schedule = mnist_cnn.make_optimizer(model, num_images, params)
+    parts = mnist_cnn.prepare_training(params, num_images, device)
     for epoch in range(1, params.num_epochs + 1):
-        mnist_cnn.train_epoch(model, optimizer, schedule, training_set, epoch, params)
+        mnist_cnn.train_epoch(*parts, training_set, epoch, params)
         yield
 
 
@@ -153,8 +151,11 @@ def main() -> None:
     )
     parser.add_argument("measurement", choices=["seeds", "speed"])
     parser.add_argument("--n", type=int, default=10, help="number of seeds")
-    arguments, flags = parser.parse_known_args()
-    params, _ = mnist_cnn.parse_arguments(flags)
+    arguments, others = parser.parse_known_args()
+    flags = mnist_cnn.parse_flags(others)
+    if flags.keys() & {"resume", "evaluate", "checkpoint"}:
+        parser.error("--resume, --evaluate and --checkpoint are flags of mnist_cnn.py")
+    params = HyperParameters(**flags)
     if arguments.measurement == "seeds":
         seeds(params, arguments.n)
     else:

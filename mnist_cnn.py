@@ -17,21 +17,30 @@ import os
 import sys
 import textwrap
 import time
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from dataclasses import asdict, dataclass, field, fields
+from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import Field, asdict, dataclass, field, fields
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Adam
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim import Adam, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from tqdm.auto import tqdm
 
+# torchvision, torchsummary and matplotlib are imported where they are used, because
+# whoever only loads a model needs none of them.
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 CHECKPOINT = "best_mnist_model.pth"
+IN_NOTEBOOK = "IPython" in sys.modules
 
 # torchrun sets both. Each process trains on its own share of every batch.
 RANK = int(os.environ.get("RANK", 0))
@@ -41,49 +50,58 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 # ---- Hyperparameters -----------------------------------------------------------------
 
 
-def setting(default: Any, explanation: str) -> Any:
-    return field(default=default, metadata={"help": explanation})
+def setting(
+    default: Any, explanation: str, low: float = 0, high: float = math.inf
+) -> Any:
+    return field(default=default, metadata={"help": explanation, "range": (low, high)})
 
 
 @dataclass(frozen=True)
 class HyperParameters:
-    """The settings of a training. Raises ValueError for a value that makes no sense."""
+    """The settings of a training. In Python they may be NumPy numbers or a Path, too.
 
-    num_epochs: int = setting(20, "passes over the training images")
-    batch_size: int = setting(64, "images per step, over all processes")
-    learning_rate: float = setting(
-        0.0009, "learning rate of the first step; it rises tenfold"
-    )
-    dropout_rate: float = setting(
-        0.25, "dropout rate; falls to 0 by the middle of the training"
-    )
-    random_seed: int = setting(42, "seed of weights, order, warps and dropout")
-    augmentation: float = setting(
-        1.0, "strength of the warps; falls to 0 from the middle on"
-    )
-    validation_size: int = setting(
-        5_000, "training images held out to choose the epoch"
-    )
+    learning_rate is that of the first step, a tenth of the highest. In epoch e of n,
+    dropout_rate is multiplied by max(0, 1 - 2e/n), and augmentation, the strength of
+    the random distortions, by min(1, 2 - 2e/n). So a single epoch has neither.
+
+    Raises ValueError, with the name of the field, for a value that makes no sense.
+    """
+
+    num_epochs: int = setting(20, "passes over the training images", 1, 999)
+    batch_size: int = setting(64, "images per step, over all processes", WORLD_SIZE)
+    learning_rate: float = setting(0.0009, "of the first step; it rises tenfold", 0, 1)
+    dropout_rate: float = setting(0.25, "times max(0, 1 - 2e/n) in epoch e of n", 0, 1)
+    random_seed: int = setting(42, "of everything that is random", 0, 4_000_000)
+    augmentation: float = setting(1.0, "times min(1, 2 - 2e/n) in epoch e of n", 0, 4)
+    validation_size: int = setting(5_000, "images held out to choose the epoch", 1)
     device: str = setting("auto", "cpu, cuda, ...; auto takes a GPU if there is one")
-    precision: str = setting(
-        "auto", "auto or float32; auto takes bfloat16 on a CPU that has it"
-    )
+    precision: str = setting("auto", "float32; auto takes bfloat16 if the CPU has it")
     data_dir: str = setting(
-        os.environ.get("MNIST_DATA_DIR", "data"), "folder that holds MNIST/raw"
+        os.environ.get("MNIST_DATA_DIR", "data"), "folder with MNIST/raw"
     )
 
     def __post_init__(self) -> None:
-        for name, holds, rule in (
-            ("num_epochs", self.num_epochs >= 1, "at least 1"),
-            ("batch_size", self.batch_size >= WORLD_SIZE, f"at least {WORLD_SIZE}"),
-            ("learning_rate", self.learning_rate > 0, "positive"),
-            ("dropout_rate", 0 <= self.dropout_rate < 1, "0 to below 1"),
-            ("augmentation", self.augmentation >= 0, "at least 0"),
-            ("validation_size", 0 <= self.validation_size < 60_000, "0 to 59,999"),
-            ("precision", self.precision in ("auto", "float32"), "auto or float32"),
-        ):
-            if not holds:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be {rule}")
+        for f in fields(self):
+            object.__setattr__(self, f.name, to_plain(getattr(self, f.name), f))
+        if self.precision not in ("auto", "float32"):
+            raise ValueError(f"precision is {self.precision!r}, not auto or float32")
+
+
+def to_plain(value: Any, f: Field[Any]) -> int | float | str:
+    """The value as the field's own type, because a saved state holds only those."""
+    if f.type is str and isinstance(value, str | Path | torch.device):
+        return str(value)
+    kind: Any = f.type
+    low, high = f.metadata["range"]
+    try:
+        number = kind(value)
+        fits = number == value and low <= number <= high
+    except (TypeError, ValueError, OverflowError):  # of int(None), int(math.nan), ...
+        fits = False
+    if not fits:
+        rule = "text" if kind is str else f"{kind.__name__} from {low} to {high}"
+        raise ValueError(f"{f.name} is {value!r}, but must be {rule}")
+    return number
 
 
 # ---- Data ----------------------------------------------------------------------------
@@ -91,32 +109,43 @@ class HyperParameters:
 Split = tuple[Tensor, Tensor]  # images (N, 1, 28, 28) uint8, labels (N,) int64
 
 
-def load_images(params: HyperParameters, train: bool) -> Split:
+def read_mnist(data_dir: str, train: bool) -> Split:
     """The 60,000 training or the 10,000 test images, downloaded if they are not there.
 
-    Raises OSError if they cannot be downloaded, or if a file is damaged.
+    Raises OSError if they cannot be had, and ValueError for labels above 9.
     """
     from torchvision.datasets import MNIST
 
     try:
-        dataset = MNIST(params.data_dir, train, download=True)
+        dataset = MNIST(data_dir, train, download=True)
     except Exception as error:  # a damaged file can raise almost anything
+        names = ", ".join(name for name, _ in MNIST.resources)
         raise OSError(
-            f"MNIST in {params.data_dir}/MNIST/raw is damaged or cannot be downloaded. "
-            f"Delete that folder to try again, or put the four files there. {error}"
+            f"MNIST cannot be read from {data_dir}/MNIST/raw, and was not downloaded. "
+            f"It takes four files there: {names}. Delete what is damaged, or choose "
+            f"another folder with --data-dir or MNIST_DATA_DIR. {error}"
         ) from error
+    if dataset.targets.max() > 9:
+        raise ValueError(
+            f"{data_dir}/MNIST/raw has a label {dataset.targets.max()}, "
+            "but TinyCNN tells ten classes apart, 0 to 9"
+        )
     return dataset.data.unsqueeze(1), dataset.targets
 
 
-def load_splits(params: HyperParameters, device: torch.device) -> list[Split]:
+def split_mnist(params: HyperParameters, device: torch.device) -> list[Split]:
     """Training, validation and test split, which do not depend on the random seed."""
-    images, labels = load_images(params, train=True)
+    images, labels = read_mnist(params.data_dir, train=True)
+    if params.validation_size >= len(images):
+        raise ValueError(
+            f"validation_size is {params.validation_size}, which leaves none of the "
+            f"{len(images)} images in {params.data_dir}/MNIST/raw to train on"
+        )
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     held_out, rest = order.tensor_split([params.validation_size])
-    training = images[rest], labels[rest]
-    validation = images[held_out], labels[held_out]
-    test = load_images(params, train=False)
-    return [(x.to(device), y.to(device)) for x, y in (training, validation, test)]
+    splits = [(images[part], labels[part]) for part in (rest, held_out)]
+    splits.append(read_mnist(params.data_dir, train=False))
+    return [(x.to(device), y.to(device)) for x, y in splits]
 
 
 def normalize(images: Tensor) -> Tensor:
@@ -124,26 +153,37 @@ def normalize(images: Tensor) -> Tensor:
     return (images.float() / 255 - 0.1307) / 0.3081
 
 
-def augment(images: Tensor, strength: float) -> Tensor:
-    """Rotate, scale, stretch, shear and shift every image (N, 1, 28, 28) at random."""
-    uniform = torch.rand(6, len(images), device=images.device) * 2 - 1
-    angle = math.radians(22 * strength) * uniform[0]
-    size = 1 + 0.22 * strength * uniform[1]
-    stretch = (1 + 0.18 * strength) ** uniform[2]
-    shear = 0.38 * strength * uniform[3]
-    shift = 3 / 14 * strength * uniform[4:]  # 3 pixels, in units of half an image
-
-    # affine_grid wants the inverse map, from output to input, so the size divides.
-    cos = angle.cos() / size
-    sin = angle.sin() / size
-    source_x = [cos * stretch, (cos * shear - sin) / stretch, shift[0]]
-    source_y = [sin * stretch, (sin * shear + cos) / stretch, shift[1]]
-    matrix = torch.stack(source_x + source_y, 1).view(-1, 2, 3)
-    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
-    return F.grid_sample(images.float(), grid, align_corners=False)
+# ---- Machine -------------------------------------------------------------------------
 
 
-# ---- Model ---------------------------------------------------------------------------
+def pick_device(name: str) -> torch.device:
+    """The device of that name. "auto" is the accelerator, if any, else the CPU.
+
+    Raises ValueError if nothing can be computed on it.
+    """
+    if name == "auto":
+        name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    try:
+        return torch.ones(1, device=name).exp().device
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(
+            f"device {name} cannot be used, but --device cpu can: {error}"
+        ) from error
+
+
+def has_bfloat16() -> bool:
+    """Whether the CPU computes in bfloat16 by itself (AVX-512 BF16)."""
+    # torch does not tell before version 2.11.
+    capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)()
+    return capabilities.get("avx512_bf16", False)
+
+
+def keep_freed_memory() -> None:
+    """Make glibc keep, for the whole process, the memory that a step frees."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 class TinyCNN(nn.Module):
@@ -188,7 +228,6 @@ class TinyCNN(nn.Module):
             nn.ReLU(),
         )
         self.fc = nn.Sequential(nn.Dropout(dropout_rate), nn.Linear(16 * 7 * 7, 10))
-        self.to(memory_format=torch.channels_last)  # convolutions are fastest in it
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.conv1(images)
@@ -201,25 +240,26 @@ class TinyCNN(nn.Module):
 # ---- Evaluation ----------------------------------------------------------------------
 
 
+@torch.no_grad()
 def infer(model: nn.Module, images: Tensor) -> Tensor:
     """Logits (N, 10), on the CPU, of images (N, 1, 28, 28) uint8.
 
-    Leaves the model in eval mode.
+    Leaves the model in eval mode. Raises TypeError for images of another type.
     """
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images must be uint8 from 0 to 255, not {images.dtype}")
     device = next(model.parameters()).device
     model.eval()
-    with torch.inference_mode():
-        # The activations of 200 images fit into the cache of a CPU core.
-        batches = [model(normalize(x.to(device))) for x in images.split(200)]
-        return torch.cat(batches).cpu()
+    batches = [model(normalize(x.to(device))) for x in images.split(1_000)]
+    return torch.cat(batches).cpu()
 
 
 def evaluate_model(
     model: nn.Module, images: Tensor, labels: Tensor
 ) -> tuple[float, float]:
-    """Mean cross-entropy in nats and accuracy in percent. Both are NaN for no images.
+    """Mean cross-entropy in nats and accuracy in percent.
 
-    images: (N, 1, 28, 28) uint8, labels: (N,) int64.
+    images: (N, 1, 28, 28) uint8, labels: (N,) int64. Raises TypeError as `infer` does.
     """
     logits = infer(model, images)
     labels = labels.cpu()
@@ -228,71 +268,56 @@ def evaluate_model(
     return loss, 100 * correct.double().mean().item()
 
 
-# ---- Training ------------------------------------------------------------------------
+# ---- Recipe --------------------------------------------------------------------------
 
 
-class EpochMetrics(NamedTuple):
-    """What one epoch achieved. Losses are in nats, accuracies in percent."""
+def augment(images: Tensor, strength: float) -> Tensor:
+    """Rotate, scale, stretch, shear and shift every image (N, 1, 28, 28) at random."""
+    uniform = torch.rand(6, len(images), device=images.device) * 2 - 1
+    angle = math.radians(22 * strength) * uniform[0]
+    size = 1 + 0.22 * strength * uniform[1]
+    stretch = (1 + 0.18 * strength) ** uniform[2]
+    shear = 0.38 * strength * uniform[3]
+    shift = 3 / 14 * strength * uniform[4:]  # 3 pixels, in units of half an image
 
-    epoch: int
-    train_loss: float  # while training: on warped images, with dropout
-    train_accuracy: float  # likewise
-    validation_loss: float
-    validation_accuracy: float
-    test_accuracy: float
-
-    def __str__(self) -> str:
-        return (
-            f"Loss: {self.train_loss:.4f}, Train Acc: {self.train_accuracy:.2f}%, "
-            f"Val Acc: {self.validation_accuracy:.2f}%, "
-            f"Test Acc: {self.test_accuracy:.2f}%"
-        )
+    # affine_grid wants the inverse map, from output to input, so the size divides.
+    cos = angle.cos() / size
+    sin = angle.sin() / size
+    source_x = [cos * stretch, (cos * shear - sin) / stretch, shift[0]]
+    source_y = [sin * stretch, (sin * shear + cos) / stretch, shift[1]]
+    matrix = torch.stack(source_x + source_y, 1).view(-1, 2, 3)
+    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    return F.grid_sample(images.float(), grid, align_corners=False)
 
 
-def best_epoch(history: list[EpochMetrics]) -> EpochMetrics:
-    """The epoch with the highest validation accuracy; ties go to the lower loss.
+def fade(epoch: int, params: HyperParameters) -> tuple[float, float]:
+    """The dropout rate and the strength of the augmentation in an epoch, from 1 on.
 
-    Without validation images it is the last epoch.
+    Dropout harms in late epochs (Rennie et al., 2014). Augmentation does, too: it blurs
+    the images, but those to be read are sharp. So dropout falls to 0 in the first half
+    of the training, and augmentation in the second.
     """
-    if math.isnan(history[-1].validation_accuracy):
-        return history[-1]
-    return max(history, key=lambda e: (e.validation_accuracy, -e.validation_loss))
+    remaining = 1 - epoch / params.num_epochs
+    dropout_rate = params.dropout_rate * max(0, 2 * remaining - 1)
+    return dropout_rate, params.augmentation * min(1, 2 * remaining)
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of that name. "auto" is the accelerator, if any, else the CPU."""
-    if name == "auto":
-        name = "cpu"
-        if torch.accelerator.is_available():
-            name = str(torch.accelerator.current_accelerator())
-    try:
-        return torch.empty(0, device=name).device
-    except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"device {name} cannot be used: {error}") from error
+def prepare_training(
+    params: HyperParameters, num_images: int, device: torch.device
+) -> tuple[Any, Any, Any]:
+    """A new model, and Adam, whose learning rate rises tenfold, then falls to 0.
 
+    It rises in the first 30 % of the steps. Adam's beta1 goes the other way. Smith and
+    Topin, "Super-Convergence", 2018.
 
-def has_bfloat16() -> bool:
-    """Whether the CPU computes in bfloat16 (AVX-512), which is 1.3 times as fast."""
-    if not hasattr(torch.cpu, "get_capabilities"):
-        return False  # torch does not tell before version 2.11
-    return torch.cpu.get_capabilities().get("avx512_bf16", False)
-
-
-def keep_freed_memory() -> None:
-    """Make glibc keep the memory that a step frees, which is 1.1 times as fast."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
-def make_optimizer(
-    model: nn.Module, num_images: int, params: HyperParameters
-) -> tuple[Adam, OneCycleLR]:
-    """Adam, whose learning rate rises tenfold in 30 % of the steps, then falls to 0.
-
-    Its beta1 goes the other way. Smith and Topin, "Super-Convergence", 2018.
+    For the whole process, freed memory is kept, and cuDNN becomes deterministic, since
+    two trainings on a GPU would differ otherwise.
     """
+    keep_freed_memory()
+    torch.backends.cudnn.deterministic = True
+    torch.manual_seed(1000 * params.random_seed)
+    model = TinyCNN(params.dropout_rate)
+    model.to(device).to(memory_format=torch.channels_last)  # trains fastest
     optimizer = Adam(model.parameters(), fused=True)
     schedule = OneCycleLR(
         optimizer,
@@ -300,189 +325,252 @@ def make_optimizer(
         div_factor=10,
         total_steps=params.num_epochs * math.ceil(num_images / params.batch_size),
     )
-    return optimizer, schedule
+    return model, optimizer, schedule
+
+
+# ---- Training ------------------------------------------------------------------------
+
+EPOCH_LINE = (
+    "Loss: {train_loss:.4f}, Train Acc: {train_accuracy:.2f}%, "
+    "Val Acc: {validation_accuracy:.2f}%, Test Acc: {test_accuracy:.2f}%"
+)
+
+# What an epoch achieved: losses in nats, accuracies in percent. Those of the training
+# images are measured while training, with augmentation and dropout.
+Metrics = dict[str, float]
+METRICS = (
+    "epoch",
+    "train_loss",
+    "train_accuracy",
+    "validation_loss",
+    "validation_accuracy",
+    "test_accuracy",
+    "seconds",
+)
+
+
+def best_epoch(history: list[Metrics]) -> Metrics:
+    """The epoch with the highest validation accuracy; ties go to the lower loss."""
+    return max(history, key=lambda e: (e["validation_accuracy"], -e["validation_loss"]))
 
 
 def train_epoch(
     model: nn.Module,
-    optimizer: Adam,
-    schedule: OneCycleLR,
+    optimizer: Optimizer,
+    schedule: LRScheduler,
     training_set: Split,
     epoch: int,
     params: HyperParameters,
 ) -> tuple[float, float]:
     """Train on every image once. Returns the mean loss and the accuracy in percent.
 
-    Raises FloatingPointError if the loss is no longer finite.
+    Of several processes, each trains on its share of every batch. A last batch that is
+    too small for them is left out. Raises FloatingPointError if the loss is not finite.
     """
     images, labels = training_set
     # The seed depends on the epoch alone, so --resume needs no state of a generator.
-    torch.manual_seed(1000 * params.random_seed + epoch)
+    seed = 1000 * params.random_seed + epoch
+    torch.manual_seed(seed)
     order = torch.randperm(len(images)).to(images.device)
-    if RANK > 0:  # processes share the order, but not the warps and the dropout
-        torch.manual_seed(torch.initial_seed() + RANK * 2**40)
+    batches = [b for b in order.split(params.batch_size) if len(b) >= WORLD_SIZE]
+    if WORLD_SIZE > 1:  # only the order is common to all processes
+        torch.manual_seed(seed + RANK * 10**9)
 
-    # Dropout harms in late epochs (Rennie et al., 2014). The warps do, too: they blur
-    # the images, but those to be read are sharp. So dropout falls to 0 in the first
-    # half of the training, and the strength of the warps in the second.
-    remaining = 1 - epoch / params.num_epochs
-    augmentation = params.augmentation * min(1, 2 * remaining)
+    dropout_rate, augmentation = fade(epoch, params)
     model.train()
     for layer in model.modules():
         if isinstance(layer, nn.Dropout | nn.Dropout2d):
-            layer.p = params.dropout_rate * max(0, 2 * remaining - 1)
+            layer.p = dropout_rate
 
     autocast = torch.autocast(
         "cpu",
         torch.bfloat16,
         enabled=params.precision == "auto" and has_bfloat16(),
     )
-    totals = torch.zeros(2, device=images.device)  # loss, correct answers
-    seen = 0
+    totals = torch.zeros(2, device=images.device)  # losses, correct answers
+    num_seen = 0
     progress = tqdm(
-        order.split(params.batch_size),
-        f"Epoch {epoch}/{params.num_epochs}",
-        disable=RANK > 0 or None,  # None: no bar in a log file
+        desc=f"Epoch {epoch}/{params.num_epochs}",
+        total=len(batches),
+        disable=RANK > 0 or not (IN_NOTEBOOK or sys.stderr.isatty()),  # nobody looks
     )
-    for step, batch in enumerate(progress, 1):
-        share = batch[RANK::WORLD_SIZE]
-        inputs = normalize(augment(images[share], augmentation))
-        with autocast:
-            logits = model(inputs)
-            loss = F.cross_entropy(logits, labels[share], reduction="sum")
-        optimizer.zero_grad()
-        (loss * WORLD_SIZE / len(batch)).backward()  # DDP averages over the processes
-        optimizer.step()
-        schedule.step()
+    with progress:
+        for step, batch in enumerate(batches, 1):
+            share = batch[RANK::WORLD_SIZE]
+            inputs = normalize(augment(images[share], augmentation))
+            with autocast:
+                logits = model(inputs)
+                loss = F.cross_entropy(logits, labels[share], reduction="sum")
+            optimizer.zero_grad()
+            (loss * WORLD_SIZE / len(batch)).backward()  # DDP averages over processes
+            optimizer.step()
+            schedule.step()
 
-        correct = (logits.argmax(1) == labels[share]).sum()
-        totals += torch.stack([loss.detach(), correct])
-        seen += len(share)
-        if step % 50 == 0:  # not at every step: reading a number makes a GPU wait
-            loss_sum, num_correct = totals.tolist()
-            progress.set_postfix_str(
-                f"loss={loss_sum / seen:.3f}, acc={100 * num_correct / seen:.2f}%"
-            )
-
-    if WORLD_SIZE > 1:
-        dist.all_reduce(totals)
-    loss_sum, num_correct = totals.tolist()
-    if not math.isfinite(loss_sum):
+            correct = (logits.argmax(1) == labels[share]).sum()
+            totals += torch.stack([loss.detach(), correct])
+            num_seen += len(share)
+            progress.update()
+            if step % 50 == 0:  # not at every step: reading a number makes a GPU wait
+                show(progress, totals, num_seen)
+        if WORLD_SIZE > 1:
+            dist.all_reduce(totals)
+            num_seen = sum(map(len, batches))
+        mean_loss, accuracy = show(progress, totals, num_seen)
+    if not math.isfinite(mean_loss):
         raise FloatingPointError(f"diverged in epoch {epoch}: lower learning_rate")
-    return loss_sum / len(images), 100 * num_correct / len(images)
+    return mean_loss, accuracy
+
+
+def show(progress: tqdm, totals: Tensor, num_images: int) -> tuple[float, float]:
+    """Show the mean loss and the accuracy in percent at the bar, and return them."""
+    loss, accuracy = (total / num_images for total in totals.tolist())
+    progress.set_postfix_str(f"loss={loss:.3f}, acc={100 * accuracy:.2f}%")
+    return loss, 100 * accuracy
 
 
 def train_model(
     params: HyperParameters, checkpoint: str | Path = CHECKPOINT, resume: bool = False
-) -> tuple[TinyCNN, list[EpochMetrics]]:
-    """Train TinyCNN and print one line per epoch.
+) -> tuple[TinyCNN, list[Metrics]]:
+    """Train TinyCNN, and print its layers and one line per epoch.
 
-    Whenever an epoch is the best so far, its weights are saved to `checkpoint`. After
-    every epoch the state of the training is saved to `<checkpoint>.resume`, which is
-    deleted at the end. resume=True continues from that file and ends in the same
-    weights. It takes all settings but `device` and `data_dir` from there.
+    Whenever an epoch is the best so far, its weights are saved to `checkpoint`. The
+    state of the training is saved to `<checkpoint>.resume`, before the first epoch and
+    after every one, and stays there. resume=True continues from that file and ends in
+    the same weights. It takes all settings but `device` and `data_dir` from there.
 
-    Returns the model with the best weights, in eval mode, and all epochs' metrics.
+    Returns the model with the best weights, in eval mode, and all epochs' metrics. Only
+    the first of several processes has them. What `prepare_training` sets for the whole
+    process stays set.
+
     Raises OSError or ValueError for data or a file that cannot be used, and
     FloatingPointError if the training diverges.
     """
-    checkpoint = Path(checkpoint)
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    resume_path = Path(f"{checkpoint}.resume")
-    history: list[EpochMetrics] = []
+    from torchsummary import summary
+
+    path = check_path(checkpoint)
+    state_path = Path(f"{path}.resume")
+    history: list[Metrics] = []
     if resume:
-        state = load(resume_path)
-        here = {"device": params.device, "data_dir": params.data_dir}
-        params = HyperParameters(**state["params"] | here)
-        history = [EpochMetrics(**metrics) for metrics in state["history"]]
-        if RANK == 0:
-            print(f"Continuing after epoch {len(history)} with {params}")
+        state = read_tensors(state_path)
+        with fitting(state_path):
+            here = {"device": params.device, "data_dir": params.data_dir}
+            params = HyperParameters(**state["params"] | here)
+            history = [{name: e[name] for name in METRICS} for e in state["history"]]
 
     device = pick_device(params.device)
-    training_set, validation_set, test_set = load_splits(params, device)
-    keep_freed_memory()
-    torch.manual_seed(1000 * params.random_seed)
-    model = TinyCNN(params.dropout_rate).to(device)
-    optimizer, schedule = make_optimizer(model, len(training_set[0]), params)
+    training, validation, test = split_mnist(params, device)
+    parts = prepare_training(params, len(training[0]), device)
+    model, optimizer, schedule = parts
+    best_model = TinyCNN(params.dropout_rate)
     if resume:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-    parallel: nn.Module = model
-    if WORLD_SIZE > 1:
-        parallel = DistributedDataParallel(model, broadcast_buffers=False)
+        with fitting(state_path):
+            best_model.load_state_dict(state["best"])
+            for part in parts:
+                part.load_state_dict(state[type(part).__name__])
+    wrapped = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
 
-    start = time.perf_counter()
-    for epoch in range(len(history) + 1, params.num_epochs + 1):
-        train_metrics = train_epoch(
-            parallel, optimizer, schedule, training_set, epoch, params
-        )
-        if RANK > 0:
-            continue  # the first process evaluates and saves
-        val_metrics = evaluate_model(model, *validation_set)
-        _, test_accuracy = evaluate_model(model, *test_set)
-        history.append(EpochMetrics(epoch, *train_metrics, *val_metrics, test_accuracy))
-        if best_epoch(history) is history[-1]:
-            weights = {name: w.cpu() for name, w in model.state_dict().items()}
-            save(weights, checkpoint)
-        state = {
-            "params": asdict(params),
-            "history": [metrics._asdict() for metrics in history],
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "schedule": schedule.state_dict(),
-        }
-        save(state, resume_path)
-        print(f"Epoch {epoch}/{params.num_epochs} - {history[-1]}", flush=True)
+    def save_state() -> None:
+        best = best_model.state_dict()
+        state = {"params": asdict(params), "history": history, "best": best}
+        state |= {type(part).__name__: part.state_dict() for part in parts}
+        write_tensors(state, state_path)
 
     if RANK == 0:
-        print(f"Training took {time.perf_counter() - start:.0f} seconds on {device}")
+        save_state()  # from now on, an older training cannot be resumed by mistake
+        print("Model Summary:")
+        summary(TinyCNN(), (1, 28, 28), device="cpu")
+        if resume:
+            print(f"Continuing after epoch {len(history)} with {params}")
+        elif path.exists():
+            print(f"The first epoch will replace the weights in {path}")
+
+    for epoch in range(len(history) + 1, params.num_epochs + 1):
+        start = time.perf_counter()
+        trained = train_epoch(wrapped, optimizer, schedule, training, epoch, params)
+        if RANK > 0:
+            continue  # the first process evaluates and saves
+        validated = evaluate_model(model, *validation)
+        _, test_accuracy = evaluate_model(model, *test)
+        seconds = time.perf_counter() - start
+        values = epoch, *trained, *validated, test_accuracy, seconds
+        history.append(dict(zip(METRICS, values, strict=True)))
+        if best_epoch(history) is history[-1]:
+            best_model.load_state_dict(model.state_dict())
+            write_tensors(best_model.state_dict(), path)
+        save_state()
+        line = EPOCH_LINE.format(**history[-1])
+        print(f"Epoch {epoch}/{params.num_epochs} - {line}", flush=True)
+
+    if RANK == 0:
+        seconds = sum(metrics["seconds"] for metrics in history)
+        print(f"Training took {seconds:.0f} seconds on {device}")
+        write_tensors(best_model.state_dict(), path)  # the file may be another's
         best = best_epoch(history)
-        model.load_state_dict(load(checkpoint))
-        print(
-            f"Loaded best model from epoch {best.epoch} "
-            f"with validation accuracy: {best.validation_accuracy:.2f}%"
-        )
-        resume_path.unlink()
-    return model.eval(), history
+        accuracy = f"validation accuracy: {best['validation_accuracy']:.2f}%"
+        print(f"Loaded best model from epoch {best['epoch']} with {accuracy}")
+    return best_model.to(device).eval(), history
 
 
 # ---- Checkpoints ---------------------------------------------------------------------
 
 
-def save(content: dict[str, Any], path: Path) -> None:
+def check_path(name: str | Path) -> Path:
+    """The path of a checkpoint. Makes its folder, and raises OSError for no file."""
+    path = Path(name).expanduser()
+    if str(name).endswith("/") or (path.exists() and not path.is_file()):
+        raise OSError(f"{name} is not the name of a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def write_tensors(content: dict[str, Any], path: Path) -> None:
     """torch.save, but a crash leaves the old file or the new one, never a part."""
-    if path.exists() and not path.is_file():
-        raise OSError(f"{path} is not a regular file")  # a device would be replaced
-    temporary = Path(f"{path}.tmp")
-    with temporary.open("wb") as file:
-        torch.save(content, file)
-    temporary.replace(path)
-
-
-def load(path: str | Path) -> dict[str, Any]:
-    """torch.load, but it never runs code that a stranger put into the file."""
+    buffer = BytesIO()
+    torch.save(content, buffer)
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+        with temporary.open("wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could empty both files
+        temporary.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_tensors(path: str | Path) -> dict[str, Any]:
+    """torch.load, but it never runs code that a stranger put into the file."""
+    content = BytesIO(Path(path).expanduser().read_bytes())
+    try:
+        return torch.load(content, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise almost anything
         raise ValueError(f"{path} is damaged, or not a file of weights") from error
 
 
-def load_model(model_path: str | Path, params: HyperParameters) -> TinyCNN:
+@contextmanager
+def fitting(path: str | Path) -> Iterator[None]:
+    """Raise ValueError, with the name of the file, if its content does not fit."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} is of another program, or of another version of this one. If you "
+            f"changed the model, retrain it. {error}"
+        ) from error
+
+
+def load_model(model_path: str | Path, device: str = "auto") -> TinyCNN:
     """A TinyCNN, in eval mode, with the weights of a checkpoint.
 
     Raises OSError or ValueError, with the name of the file, if it has no such weights.
     """
-    model = TinyCNN(params.dropout_rate)
-    try:
-        model.load_state_dict(load(model_path))
-    except RuntimeError as error:
-        raise ValueError(
-            f"{model_path} is not a TinyCNN checkpoint: {error}"
-        ) from error
-    return model.to(pick_device(params.device)).eval()
+    model = TinyCNN()
+    weights = read_tensors(model_path)
+    with fitting(model_path):
+        model.load_state_dict(weights)
+    return model.to(pick_device(device)).eval()
 
 
 def load_and_evaluate_model(
@@ -490,11 +578,12 @@ def load_and_evaluate_model(
 ) -> tuple[TinyCNN, float]:
     """Load a checkpoint and print its accuracy on the 10,000 test images.
 
-    Returns the model, in eval mode, and the accuracy in percent. Raises OSError or
-    ValueError, with the name of the file, if the checkpoint or MNIST cannot be read.
+    Of the settings, only `device` and `data_dir` matter. Returns the model, in eval
+    mode, and the accuracy in percent. Raises OSError or ValueError if the checkpoint or
+    MNIST cannot be read.
     """
-    model = load_model(model_path, params)
-    _, accuracy = evaluate_model(model, *load_images(params, train=False))
+    model = load_model(model_path, params.device)
+    _, accuracy = evaluate_model(model, *read_mnist(params.data_dir, train=False))
     print(f"Current test accuracy: {accuracy:.2f}%")
     return model, accuracy
 
@@ -502,21 +591,24 @@ def load_and_evaluate_model(
 # ---- Figures -------------------------------------------------------------------------
 
 
-def plot_history(history: list[EpochMetrics]) -> Any:
-    """A matplotlib figure of the loss and the error rate of every epoch."""
+def plot_history(history: list[Metrics]) -> "Figure":
+    """A matplotlib figure of the loss and the error rate of every epoch.
+
+    history: what `train_model` returns, or the content of a history file.
+    """
     import matplotlib.pyplot as plt
 
-    metrics = torch.tensor(history).T
-    epochs, train_loss, train_accuracy, val_loss, val_accuracy, test_accuracy = metrics
     figure, (loss, error) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     loss.set(title="Cross-entropy (nats)")
-    loss.plot(epochs, train_loss, ".-", label="training (warps and dropout at first)")
-    loss.plot(epochs, val_loss, ".-", label="validation")
     error.set(title="Error rate (%)")
-    error.plot(epochs, 100 - train_accuracy, ".-", label="training")
-    error.plot(epochs, 100 - val_accuracy, ".-", label="validation")
-    error.plot(epochs, 100 - test_accuracy, ".-", label="test")
-    best = best_epoch(history).epoch
+    epochs = [metrics["epoch"] for metrics in history]
+    for split in ("train", "validation"):
+        losses = [metrics[f"{split}_loss"] for metrics in history]
+        loss.plot(epochs, losses, ".-", label=split)
+    for split in ("train", "validation", "test"):
+        error_rates = [100 - metrics[f"{split}_accuracy"] for metrics in history]
+        error.plot(epochs, error_rates, ".-", label=split)
+    best = best_epoch(history)["epoch"]
     for axes in (loss, error):
         axes.axvline(best, color="lightgray", label=f"best: epoch {best}")
         axes.locator_params("x", integer=True)
@@ -529,10 +621,9 @@ def plot_history(history: list[EpochMetrics]) -> Any:
     return figure
 
 
-def plot_mistakes(images: Tensor, labels: Tensor, logits: Tensor) -> Any:
+def plot_mistakes(images: Tensor, labels: Tensor, logits: Tensor) -> "Figure":
     """A matplotlib figure of the 48 most confident mistakes, or of all if fewer.
 
-    Next to them is the confusion matrix of all mistakes.
     images: (N, 1, 28, 28), labels: (N,), logits: (N, 10).
     """
     import matplotlib.pyplot as plt
@@ -540,31 +631,15 @@ def plot_mistakes(images: Tensor, labels: Tensor, logits: Tensor) -> Any:
     confidence, guesses = logits.softmax(1).max(1)
     missed = (guesses != labels).nonzero().flatten()
     missed = missed[confidence[missed].argsort(descending=True)]
-    confusion = (10 * labels + guesses)[missed].bincount(minlength=100).view(10, 10)
 
-    figure = plt.figure(figsize=(13, 7), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(5, 8))  # type: ignore[misc]
-    table = left.subplots()
-    table.imshow(confusion.numpy(), cmap="Blues", alpha=0.5)
-    table.set(
-        title=f"{len(missed):,} of {len(labels):,} images missed",
-        xlabel="guess",
-        ylabel="truth",
-        xticks=range(10),
-        yticks=range(10),
-    )
-    for truth, guess in confusion.nonzero().tolist():
-        table.text(
-            guess, truth, confusion[truth, guess].item(), ha="center", va="center"
-        )
-    right.subplots(6, 8)
-    for axes in right.axes:
+    figure, grid = plt.subplots(6, 8, figsize=(9, 8), layout="constrained")
+    figure.suptitle(f"{len(missed):,} of {len(labels):,} images missed")
+    for axes in grid.flat:
         axes.axis("off")
-    for i, axes in zip(missed, right.axes, strict=False):
+    for i, axes in zip(missed, grid.flat, strict=False):
         axes.imshow(images[i, 0].numpy(), cmap="gray_r")
-        axes.set_title(
-            f"{labels[i]} as {guesses[i]}, {100 * confidence[i]:.0f}%", fontsize=9
-        )
+        title = f"{labels[i]} as {guesses[i]}, {100 * confidence[i]:.0f}%"
+        axes.set_title(title, fontsize=9)
     plt.close(figure)
     return figure
 
@@ -572,100 +647,104 @@ def plot_mistakes(images: Tensor, labels: Tensor, logits: Tensor) -> Any:
 # ---- Command line --------------------------------------------------------------------
 
 
-def parse_arguments(argv: list[str] | None = None) -> tuple[HyperParameters, Any]:
+def parse_flags(argv: list[str] | None = None) -> dict[str, Any]:
+    """The flags that were given. One that would be ignored is an error."""
     parser = ArgumentParser(
         usage="python %(prog)s [flags]",
         description=__doc__,
         formatter_class=RawDescriptionHelpFormatter,
+        argument_default=SUPPRESS,
     )
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--resume", action="store_true", help="continue a stopped run")
+    mode.add_argument("--evaluate", action="store_true", help="test the saved weights")
     parser.add_argument(
-        "--resume", action="store_true", help="continue a stopped run with its settings"
-    )
-    parser.add_argument(
-        "--evaluate", action="store_true", help="test the saved weights"
-    )
-    parser.add_argument(
-        "--checkpoint", default=CHECKPOINT, help="weights file (default: %(default)s)"
+        "--checkpoint",
+        type=os.path.expanduser,
+        help=f"weights file (default: {CHECKPOINT})",
     )
     for f in fields(HyperParameters):
-        parser.add_argument(
-            f"--{f.name.replace('_', '-')}",
-            type=f.type,
-            default=f.default,
-            help=f"{f.metadata['help']} (default: %(default)s)",
+        explanation = f"{f.metadata['help']} (default: {f.default})"
+        flag = f"--{f.name.replace('_', '-')}"
+        parser.add_argument(flag, type=f.type, help=explanation.replace("%", "%%"))
+    flags = vars(parser.parse_args(argv))
+    extra = flags.keys() - {"resume", "evaluate", "checkpoint", "device", "data_dir"}
+    if extra and ("resume" in flags or "evaluate" in flags):
+        parser.error(
+            "--resume and --evaluate take no settings but --checkpoint, --device and "
+            f"--data-dir, so leave out {', '.join(sorted(extra))}"
         )
-    arguments = parser.parse_args(argv)
-    values = {f.name: getattr(arguments, f.name) for f in fields(HyperParameters)}
-    return HyperParameters(**values), arguments
+    return flags
 
 
 def join_processes(params: HyperParameters) -> None:
-    """Meet the other processes of torchrun. Each takes one GPU, if there are any."""
+    """Meet the other processes of torchrun. Each takes one GPU, if there are any.
+
+    Raises ValueError if there are fewer GPUs than processes.
+    """
     local_rank = int(os.environ["LOCAL_RANK"])
     if pick_device(params.device).type != "cpu":
+        if torch.accelerator.device_count() <= local_rank:
+            raise ValueError("fewer GPUs than processes; --device cpu needs none")
         torch.accelerator.set_device_index(local_rank)
     dist.init_process_group()
     if local_rank == 0:
-        load_images(params, train=True)  # one process downloads, the others wait
+        read_mnist(params.data_dir, train=True)  # one process downloads, others wait
     dist.barrier()
 
 
-def train(params: HyperParameters, checkpoint: str, resume: bool) -> None:
-    """Train, save the metrics and the curves beside the checkpoint, and evaluate it."""
-    from torchsummary import summary
-
-    if WORLD_SIZE > 1:
-        join_processes(params)
-    if RANK == 0:
-        print("Model Summary:")
-        summary(TinyCNN(), (1, 28, 28), device="cpu")
-    _, history = train_model(params, checkpoint, resume)
-    if WORLD_SIZE > 1:
-        dist.destroy_process_group()
-    if RANK == 0:
-        stem = checkpoint.removesuffix(".pth")
-        metrics = [epoch._asdict() for epoch in history]
-        Path(f"{stem}_history.json").write_text(json.dumps(metrics))
-        plot_history(history).savefig(f"{stem}_curves.png")
-        print(f"The curves are drawn in {stem}_curves.png")
-        print("Evaluating saved best model:")
-        evaluate(params, checkpoint)
-
-
-def evaluate(params: HyperParameters, checkpoint: str) -> None:
+def report(model: TinyCNN, data_dir: str, stem: str) -> None:
     """Print the test accuracy, also of each digit, and draw the mistakes."""
-    model, _ = load_and_evaluate_model(checkpoint, params)
-    images, labels = load_images(params, train=False)
+    images, labels = read_mnist(data_dir, train=False)
     logits = infer(model, images)
-    correct = logits.argmax(1) == labels
+    correct = 100.0 * (logits.argmax(1) == labels)
+    print(f"Current test accuracy: {correct.double().mean():.2f}%")
     for digit in range(10):
         of_digit = correct[labels == digit]
-        print(f"Digit {digit}: {100 * of_digit.float().mean():.2f}% of {len(of_digit)}")
-    stem = checkpoint.removesuffix(".pth")
+        print(f"Digit {digit}: {of_digit.mean():.2f}% of {len(of_digit)}")
     plot_mistakes(images, labels, logits).savefig(f"{stem}_mistakes.png")
     print(f"The mistakes are drawn in {stem}_mistakes.png")
 
 
 def main() -> int:
     """Do what the command line asks. Returns the exit status."""
+    flags = parse_flags()
+    resume = flags.pop("resume", False)
+    evaluate = flags.pop("evaluate", False)
+    checkpoint = flags.pop("checkpoint", CHECKPOINT)
+    stem = checkpoint.removesuffix(".pth")
     try:
-        params, arguments = parse_arguments()
-        if arguments.evaluate:
-            evaluate(params, arguments.checkpoint)
-        else:
-            train(params, arguments.checkpoint, arguments.resume)
+        params = HyperParameters(**flags)
+        if evaluate:
+            model = load_model(checkpoint, params.device)
+            report(model, params.data_dir, stem)
+            return 0
+
+        if WORLD_SIZE > 1:
+            join_processes(params)
+        model, history = train_model(params, checkpoint, resume)
+        if WORLD_SIZE > 1:
+            dist.destroy_process_group()
+        if RANK == 0:
+            Path(f"{stem}_history.json").write_text(json.dumps(history))
+            plot_history(history).savefig(f"{stem}_curves.png")
+            print(f"The curves are drawn in {stem}_curves.png")
+            print("Evaluating saved best model:")
+            report(model, params.data_dir, stem)
+            Path(f"{checkpoint}.resume").unlink()  # last, so that nothing is missing
     except (OSError, ValueError, FloatingPointError) as error:
         print("error:", textwrap.shorten(str(error), 500), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            "\nStopped. --resume continues a training after its last finished epoch.",
-            file=sys.stderr,
-        )
+        hint = " --resume continues a training that has begun its first epoch."
+        print("\nStopped." + ("" if evaluate else hint), file=sys.stderr)
         return 130
     return 0
 
 
 if __name__ == "__main__":
-    os.environ["MPLBACKEND"] = "agg"  # a notebook's own backend may be missing here
+    if not IN_NOTEBOOK:
+        os.environ["MPLBACKEND"] = "agg"  # a notebook's own backend may be missing here
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names it cannot print
     sys.exit(main())

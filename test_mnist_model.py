@@ -1,16 +1,18 @@
 """Tests of mnist_cnn.py and of the checkpoint that is shipped with it.
 
 They train on a few images that are made here. The one test that needs MNIST is skipped
-where MNIST cannot be had; in CI it fails instead.
+where MNIST cannot be had; in CI it fails instead. "The reference" is the program whose
+network and settings these are, https://github.com/rshekhar93/MNIST_TinyCNN_Optimizer.
 """
 
+import errno
 import json
 import math
 import multiprocessing
 import os
 import re
+import runpy
 import shutil
-import signal
 import struct
 import subprocess
 import sys
@@ -30,7 +32,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import mnist_cnn
-from mnist_cnn import EpochMetrics, HyperParameters, TinyCNN
+from mnist_cnn import HyperParameters, TinyCNN, train_model
 
 SCRIPT = Path(mnist_cnn.__file__)
 CHECKPOINT = SCRIPT.with_name("best_mnist_model.pth")
@@ -71,6 +73,11 @@ def run(*command, cwd, **environment):
     )
 
 
+on_unix = pytest.mark.skipif(
+    sys.platform == "win32", reason="there is no forkserver on Windows"
+)
+
+
 def assert_equal(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
@@ -82,7 +89,7 @@ def layers(*kinds):
     return [layer for layer in TinyCNN().modules() if isinstance(layer, kinds)]
 
 
-def test_parameter_count_of_the_published_architecture():
+def test_parameter_count_of_the_reference():
     count = sum(parameter.numel() for parameter in TinyCNN().parameters())
     assert count < 20_000
     assert count == 19_354
@@ -101,30 +108,7 @@ def test_ends_in_a_fully_connected_layer():
     assert linear.weight.shape == (10, 784)
 
 
-def test_keys_and_shapes_of_the_published_architecture():
-    shapes = {
-        "conv1.0": (4, 1, 3, 3),
-        "conv1.2": (8, 4, 3, 3),
-        "conv2.0": (12, 8, 3, 3),
-        "conv2.3": (16, 12, 3, 3),
-        "conv3.0": (20, 16, 3, 3),
-        "conv3.4": (16, 20, 3, 3),
-        "conv4.0": (16, 16, 3, 3),
-        "conv4.4": (16, 16, 1, 1),
-        "fc.1": (10, 784),
-    }
-    norms = {"conv2.1": 12, "conv2.4": 16, "conv3.1": 20, "conv3.5": 16, "conv4.1": 16}
-    expected = {f"{name}.weight": shape for name, shape in shapes.items()}
-    expected |= {f"{name}.bias": shape[:1] for name, shape in shapes.items()}
-    for name, channels in norms.items():
-        for statistic in ("weight", "bias", "running_mean", "running_var"):
-            expected[f"{name}.{statistic}"] = (channels,)
-        expected[f"{name}.num_batches_tracked"] = ()
-    state = TinyCNN().state_dict()
-    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == expected
-
-
-def test_shipped_checkpoint_computes_what_the_published_architecture_says():
+def test_shipped_checkpoint_has_the_keys_and_the_function_of_the_reference():
     weights = torch.load(CHECKPOINT, weights_only=True)
     images = torch.randn(8, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     x = images
@@ -151,13 +135,13 @@ def test_shipped_checkpoint_computes_what_the_published_architecture_says():
             x = F.max_pool2d(x, 2)
     expected = x.flatten(1) @ weights["fc.1.weight"].T + weights["fc.1.bias"]
 
-    model = mnist_cnn.load_model(CHECKPOINT, HyperParameters(device="cpu"))
+    model = mnist_cnn.load_model(CHECKPOINT, device="cpu")
     torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_shipped_checkpoint_is_more_than_99_4_percent_accurate(capsys):
     try:
-        mnist_cnn.load_images(HyperParameters(), train=False)
+        mnist_cnn.read_mnist(HyperParameters().data_dir, train=False)
     except OSError as error:
         if "CI" in os.environ:
             raise
@@ -180,14 +164,28 @@ def test_defaults_are_those_of_the_reference():
     ("name", "value"),
     [
         ("num_epochs", 0),
+        ("num_epochs", 2.5),
+        ("batch_size", "64"),
         ("learning_rate", math.nan),
-        ("validation_size", 60_000),
+        ("learning_rate", None),
+        ("random_seed", 2**32),
+        ("data_dir", None),
         ("precision", "float16"),
     ],
 )
 def test_a_value_that_makes_no_sense_is_named(name, value):
-    with pytest.raises(ValueError, match=f"^{name} is {value}, but must be "):
+    with pytest.raises(ValueError, match=f"^{name} is {value!r}, "):
         HyperParameters(**{name: value})
+
+
+def test_numpy_numbers_and_paths_become_plain_python():
+    params = HyperParameters(
+        np.int64(3), learning_rate=np.float64(0.5), data_dir=SCRIPT
+    )
+    values = asdict(params).values()
+    assert {type(value) for value in values} == {int, float, str}
+    assert (params.num_epochs, params.learning_rate) == (3, 0.5)
+    assert params.data_dir == str(SCRIPT)
 
 
 # ---- Data ----------------------------------------------------------------------------
@@ -195,21 +193,46 @@ def test_a_value_that_makes_no_sense_is_named(name, value):
 
 def test_validation_images_are_not_trained_on_and_do_not_depend_on_the_seed(params):
     device = torch.device("cpu")
-    (training, _), (validation, _), _ = mnist_cnn.load_splits(params, device)
+    (training, _), (validation, _), _ = mnist_cnn.split_mnist(params, device)
     assert len(validation) == 128
     parts = torch.cat([training, validation])
-    images, _ = mnist_cnn.load_images(params, train=True)
+    images, _ = mnist_cnn.read_mnist(params.data_dir, train=True)
     assert_equal(parts.sum((1, 2, 3)).msort(), images.sum((1, 2, 3)).msort())
-    _, (again, _), _ = mnist_cnn.load_splits(replace(params, random_seed=1), device)
+    _, (again, _), _ = mnist_cnn.split_mnist(replace(params, random_seed=1), device)
     assert_equal(again, validation)
 
 
-def test_a_damaged_file_is_reported_with_the_folder_to_delete(params):
-    raw = Path(params.data_dir, "MNIST/raw")
+def damage(raw):
     path = raw / "train-images-idx3-ubyte"
     path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(OSError, match=f"{raw} is damaged.* Delete that folder"):
-        mnist_cnn.load_images(params, train=True)
+
+
+def no_network(*_, **__):
+    raise OSError("no network")
+
+
+def write_letters(raw):
+    write_idx(raw / "train-labels-idx1-ubyte", np.arange(768) % 26)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "complaint"),
+    [
+        (damage, "cannot be read from {raw}, and was not downloaded.*Delete what is"),
+        (shutil.rmtree, "{raw}.* t10k-labels-idx1-ubyte.gz.*--data-dir or MNIST_DATA"),
+        (write_letters, "{raw} has a label 25, "),
+        (lambda raw: None, "validation_size is 768, .*of the 768 images in {raw}"),
+    ],
+    ids=["damaged", "missing", "letters", "too few"],
+)
+def test_a_data_set_that_cannot_be_used_is_explained(
+    spoil, complaint, params, monkeypatch
+):
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    raw = Path(params.data_dir, "MNIST/raw")
+    spoil(raw)
+    with pytest.raises((OSError, ValueError), match=complaint.format(raw=raw)):
+        mnist_cnn.split_mnist(replace(params, validation_size=768), torch.device("cpu"))
 
 
 def test_augment_is_the_affine_transform_of_scipy():
@@ -247,18 +270,23 @@ def test_evaluate_model_averages_the_loss_and_counts_the_correct_answers():
     loss, accuracy = mnist_cnn.evaluate_model(model, images, labels)
     assert loss == pytest.approx(math.log(10))
     assert accuracy == pytest.approx(100 * 63 / 500)
+    with pytest.raises(TypeError, match="must be uint8"):
+        mnist_cnn.evaluate_model(model, images / 255, labels)
+
+
+def test_logits_can_be_used_in_a_loss():
+    logits = mnist_cnn.infer(TinyCNN(), torch.zeros(4, 1, 28, 28, dtype=torch.uint8))
+    temperature = torch.ones(1, requires_grad=True)
+    F.cross_entropy(logits / temperature, torch.arange(4)).backward()
+    assert temperature.grad is not None
 
 
 def test_best_epoch_is_chosen_by_validation_accuracy_then_loss():
-    def best(*validation):
-        history = [
-            EpochMetrics(epoch, 0.1, 97.0, loss, accuracy, 100.0 - epoch)
-            for epoch, (loss, accuracy) in enumerate(validation, start=1)
-        ]
-        return mnist_cnn.best_epoch(history).epoch
-
-    assert best((0.01, 99.1), (0.04, 99.2), (0.03, 99.2), (0.02, 99.0)) == 3
-    assert best((math.nan, math.nan), (math.nan, math.nan)) == 2
+    history = [
+        {"validation_loss": loss, "validation_accuracy": accuracy}
+        for loss, accuracy in ((0.01, 99.1), (0.04, 99.2), (0.03, 99.2), (0.02, 99.0))
+    ]
+    assert mnist_cnn.best_epoch(history) is history[2]
 
 
 def test_mistakes_are_counted_and_sorted_by_confidence():
@@ -266,64 +294,94 @@ def test_mistakes_are_counted_and_sorted_by_confidence():
     guesses = torch.tensor([5, 5, 5, 1])
     logits = F.one_hot(guesses, 10) * torch.tensor([[1.0], [3], [9], [2]])
     images = torch.zeros(4, 1, 28, 28)
-    table, *pictures = mnist_cnn.plot_mistakes(images, labels, logits).axes
-    cells = {text.get_position(): text.get_text() for text in table.texts}
-    assert cells == {(5, 3): "2", (1, 7): "1"}  # the guess across, the truth down
-    titles = [axes.get_title()[:6] for axes in pictures[:4]]
+    figure = mnist_cnn.plot_mistakes(images, labels, logits)
+    assert figure.get_suptitle() == "3 of 4 images missed"
+    titles = [axes.get_title()[:6] for axes in figure.axes[:4]]
     assert titles == ["3 as 5", "7 as 1", "3 as 5", ""]
 
 
 # ---- Training ------------------------------------------------------------------------
 
 
-def test_schedules_of_the_learning_rate_the_warps_and_dropout(monkeypatch):
+def test_schedules_of_the_learning_rate_augmentation_and_dropout(monkeypatch):
     params = HyperParameters(num_epochs=5, batch_size=4)
-    model = TinyCNN()
-    optimizer, schedule = mnist_cnn.make_optimizer(model, 80, params)
+    parts = mnist_cnn.prepare_training(params, 80, torch.device("cpu"))
+    model, optimizer, schedule = parts
     rates, dropout = schedule.get_last_lr(), []
     optimizer.register_step_post_hook(lambda *_: rates.extend(schedule.get_last_lr()))
     training_set = torch.zeros(80, 1, 28, 28), torch.arange(80) % 10
-    warps = []
+    strengths = []
     monkeypatch.setattr(
-        mnist_cnn, "augment", lambda images, strength: warps.append(strength) or images
+        mnist_cnn, "augment", lambda images, s: strengths.append(s) or images
     )
     for epoch in range(1, 6):
-        mnist_cnn.train_epoch(model, optimizer, schedule, training_set, epoch, params)
+        mnist_cnn.train_epoch(*parts, training_set, epoch, params)
         dropout.append(model.fc[0].p)
     assert dropout == pytest.approx([0.15, 0.05, 0, 0, 0])
-    assert warps[::20] == pytest.approx([1, 1, 0.8, 0.4, 0])
+    assert strengths[::20] == pytest.approx([1, 1, 0.8, 0.4, 0])
     assert (rates[0], max(rates)) == pytest.approx((0.0009, 0.009))
     assert rates.index(max(rates)) == pytest.approx(30, abs=1)
     assert rates[-1] < 1e-5
+
+
+def test_a_training_that_diverges_stops():
+    params = HyperParameters()
+    parts = mnist_cnn.prepare_training(params, 8, torch.device("cpu"))
+    training_set = torch.full((8, 1, 28, 28), math.inf), torch.arange(8)
+    with pytest.raises(FloatingPointError, match="diverged in epoch 1"):
+        mnist_cnn.train_epoch(*parts, training_set, 1, params)
+
+
+def test_the_bar_ends_with_the_numbers_of_the_epoch(
+    params, tmp_path, monkeypatch, capsys
+):
+    """In a notebook without widgets, whose standard error is no terminal."""
+    monkeypatch.setattr(mnist_cnn, "IN_NOTEBOOK", True)
+    _, (metrics, *_) = train_model(replace(params, num_epochs=1), tmp_path / "a.pth")
+    loss, accuracy = metrics["train_loss"], metrics["train_accuracy"]
+    bar = capsys.readouterr().err.rstrip()
+    assert bar.endswith(f", loss={loss:.3f}, acc={accuracy:.2f}%]")
 
 
 def interrupt(*_):
     raise KeyboardInterrupt
 
 
+def without_seconds(history):
+    return [metrics | {"seconds": 0} for metrics in history]
+
+
 @pytest.mark.parametrize("best", [0, -1])
+@pytest.mark.parametrize("batches", [5, 25])
 def test_a_resumed_training_ends_like_an_uninterrupted_one(
-    best, params, tmp_path, monkeypatch
+    batches, best, params, tmp_path, monkeypatch
 ):
-    """With the best epoch before and after the interruption."""
+    """Interrupted in the first and the third epoch, with the best before and after."""
     monkeypatch.setattr(mnist_cnn, "best_epoch", lambda history: history[best])
-    whole, history = mnist_cnn.train_model(params, tmp_path / "whole.pth")
-
-    augment, batches = mnist_cnn.augment, []
-
-    def interrupt_in_epoch_3(*arguments):
-        batches.append(arguments)
-        return augment(*arguments) if len(batches) < 25 else interrupt()
-
+    whole, history = train_model(params, tmp_path / "whole.pth")
     path = tmp_path / "resumed.pth"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(mnist_cnn, "augment", interrupt_in_epoch_3)
-        mnist_cnn.train_model(params, path)
+
+    def interrupted(params, batches):
+        augment, left = mnist_cnn.augment, iter(range(batches))
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(
+                mnist_cnn,
+                "augment",
+                lambda *x: augment(*x) if next(left, None) is not None else interrupt(),
+            )
+            train_model(params, path)
+
+    interrupted(replace(params, random_seed=7), 15)  # an older training, given up
+    interrupted(params, batches)
+    shutil.copy(CHECKPOINT, path)  # another training's weights
     here = HyperParameters(data_dir=params.data_dir)
-    resumed, again = mnist_cnn.train_model(here, path, resume=True)
-    assert_equal(again, history)
-    assert_equal(resumed.state_dict(), whole.state_dict())
-    assert_equal(torch.load(path), dict(whole.state_dict()))
+    for _ in range(2):  # the second time, all epochs are finished
+        resumed, again = train_model(here, path, resume=True)
+        assert_equal(without_seconds(again), without_seconds(history))
+        assert_equal(resumed.state_dict(), whole.state_dict())
+        assert_equal(dict(torch.load(path)), dict(whole.state_dict()))
+    assert [layer.p for layer in resumed.modules() if hasattr(layer, "p")] == [0.25] * 3
+    assert all(weights.is_contiguous() for weights in resumed.state_dict().values())
 
 
 # ---- Several processes ---------------------------------------------------------------
@@ -332,33 +390,34 @@ def test_a_resumed_training_ends_like_an_uninterrupted_one(
 def save_gradients(rank, world_size, folder):
     """Take one step on 61 images, without dropout and batch statistics.
 
-    Those two differ by process.
+    Those two differ by process. Then save what each draws at random on 62 images.
     """
     mnist_cnn.RANK, mnist_cnn.WORLD_SIZE = rank, world_size
     meeting = f"file://{folder}/meeting_of_{world_size}"
     dist.init_process_group(
         "gloo", init_method=meeting, rank=rank, world_size=world_size
     )
-    torch.manual_seed(0)
     params = HyperParameters(
         batch_size=61, dropout_rate=0.0, augmentation=0.0, precision="float32"
     )
-    model = TinyCNN()
+    model, *others = mnist_cnn.prepare_training(params, 61, torch.device("cpu"))
     for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.eval().train = lambda _: None  # stays in eval mode
-    training_set = torch.randint(256, (61, 1, 28, 28)), torch.randint(10, (61,))
-    metrics = mnist_cnn.train_epoch(
-        DistributedDataParallel(model),
-        *mnist_cnn.make_optimizer(model, 61, params),
-        training_set,
-        1,
-        params,
-    )
-    results = [weight.grad for weight in model.parameters()] + list(metrics)
+    wrapped = DistributedDataParallel(model)
+    images, labels = torch.randint(256, (62, 1, 28, 28)), torch.randint(10, (62,))
+    one_batch = images[:61], labels[:61]
+    metrics = mnist_cnn.train_epoch(wrapped, *others, one_batch, 1, params)
+    gradients = [weight.grad.clone() for weight in model.parameters()]
+
+    draws = []
+    mnist_cnn.augment = lambda images, _: draws.append(torch.rand(1)) or images
+    mnist_cnn.train_epoch(wrapped, *others, (images, labels), 2, params)
+    results = gradients + list(metrics), draws
     torch.save(results, folder / f"{rank}_of_{world_size}.pt")
 
 
+@on_unix
 def test_the_gradient_of_three_processes_is_that_of_one(tmp_path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -372,17 +431,24 @@ def test_the_gradient_of_three_processes_is_that_of_one(tmp_path):
     for process in processes:
         process.join()
         assert process.exitcode == 0
-    one = torch.load(tmp_path / "0_of_1.pt")
-    for rank in range(3):
-        several = torch.load(tmp_path / f"{rank}_of_3.pt")
-        torch.testing.assert_close(several, one, rtol=1e-4, atol=1e-6)
+    one, _ = torch.load(tmp_path / "0_of_1.pt")
+    several, draws = zip(
+        *(torch.load(tmp_path / f"{rank}_of_3.pt") for rank in range(3)), strict=True
+    )
+    for gradients in several:
+        torch.testing.assert_close(gradients, one, rtol=1e-4, atol=1e-6)
+    # One image is too few for three processes, so each has taken one step.
+    assert len({value.item() for (value,) in draws}) == 3
 
 
+@on_unix
 def test_torchrun_trains_with_two_processes(params, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    flags = ["--num-epochs=1", "--validation-size=0", f"--data-dir={params.data_dir}"]
-    result = run(*command, SCRIPT, *flags, cwd=tmp_path)
+    flags = ["--num-epochs=1", "--validation-size=100", "--device=cpu"]
+    data_dir = f"--data-dir={params.data_dir}"
+    result = run(*command, SCRIPT, *flags, data_dir, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
+    assert "Warning" not in result.stderr
     assert result.stdout.count("Epoch 1/1 - ") == 1
     of_epoch, of_file = re.findall(r"(?:Acc|test accuracy): (.*%)\n", result.stdout)
     assert of_epoch.endswith(of_file)
@@ -400,13 +466,14 @@ class Malicious:
     ("write", "complaint"),
     [
         (lambda path: None, "No such file"),
-        (lambda path: path.write_bytes(b""), "damaged"),
         (lambda path: path.write_bytes(os.urandom(9_000)), "damaged"),
-        (lambda path: path.write_bytes(CHECKPOINT.read_bytes()[:-999]), "damaged"),
         (lambda path: torch.save({"fc.1.bias": Malicious()}, path), "damaged"),
-        (lambda path: torch.save(nn.Linear(2, 2).state_dict(), path), "Missing key"),
+        (
+            lambda path: torch.save(nn.Linear(2, 2).state_dict(), path),
+            "retrain it",
+        ),
     ],
-    ids=["missing", "empty", "garbage", "truncated", "malicious", "other"],
+    ids=["missing", "garbage", "malicious", "other"],
 )
 def test_a_file_that_is_no_checkpoint_is_named(write, complaint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -418,57 +485,65 @@ def test_a_file_that_is_no_checkpoint_is_named(write, complaint, tmp_path, monke
     assert not Path("executed").exists()
 
 
-def test_a_save_that_is_killed_leaves_the_old_file(tmp_path, monkeypatch):
+def test_a_file_cut_short_is_named_whatever_its_length(tmp_path):
+    content = CHECKPOINT.read_bytes()
+    path = tmp_path / "short.pth"
+    for length in range(0, len(content), 2_000):
+        path.write_bytes(content[:length])
+        with pytest.raises(ValueError, match=r"short\.pth is damaged"):
+            mnist_cnn.load_model(path)
+
+
+def fill_the_disk(_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("fail", "expected"),
+    [(interrupt, KeyboardInterrupt), (fill_the_disk, OSError)],
+)
+def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(
+    fail, expected, tmp_path, monkeypatch
+):
     path = tmp_path / "model.pth"
-    mnist_cnn.save({"epoch": 1}, path)
-
-    def write_a_part(_, file):
-        file.write(b"PK")
-        interrupt()
-
-    monkeypatch.setattr(torch, "save", write_a_part)
-    with pytest.raises(KeyboardInterrupt):
-        mnist_cnn.save({"epoch": 2}, path)
-    assert mnist_cnn.load(path) == {"epoch": 1}
+    mnist_cnn.write_tensors({"epoch": 1}, path)
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(expected) as caught:
+        mnist_cnn.write_tensors({"epoch": 2}, path)
+    assert getattr(caught.value, "filename", str(path)) == str(path)
+    assert mnist_cnn.read_tensors(path) == {"epoch": 1}
+    assert list(tmp_path.iterdir()) == [path]
 
 
-def test_save_replaces_nothing_but_files(tmp_path):
-    os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(OSError, match="fifo is not a regular file"):
-        mnist_cnn.save({}, tmp_path / "fifo")
-    assert (tmp_path / "fifo").is_fifo()
+@pytest.mark.parametrize("key", ["params", "history", "best", "Adam", "TinyCNN"])
+def test_a_state_of_another_version_is_an_error_in_a_line(key, params, tmp_path):
+    path = tmp_path / "model.pth"
+    train_model(replace(params, num_epochs=1), path)
+    state_path = tmp_path / "model.pth.resume"
+    state = mnist_cnn.read_tensors(state_path)
+    mnist_cnn.write_tensors(state | {key: {"other": 1}}, state_path)
+    with pytest.raises(ValueError, match=r"model.pth.resume is of another"):
+        train_model(params, path, resume=True)
 
 
 # ---- The command line ----------------------------------------------------------------
 
 
-def test_the_script_alone_in_a_folder_trains_stops_resumes_and_evaluates(
-    params, tmp_path
-):
+def test_the_script_alone_in_a_folder_trains_and_evaluates(params, tmp_path):
     shutil.copy(SCRIPT, tmp_path)
+    shutil.copy(CHECKPOINT, tmp_path)
     command = [sys.executable, "mnist_cnn.py", f"--data-dir={params.data_dir}"]
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a CI job may ignore it
-    training = subprocess.Popen(
-        [*command, "--validation-size=100", "--num-epochs=9"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while not training.stdout.readline().startswith("Epoch 2/9 - "):
-        assert training.poll() is None
-    training.send_signal(signal.SIGINT)
-    _, errors = training.communicate()
-    assert training.returncode == 130
-    assert re.fullmatch(r"\nStopped\. --resume continues .*\.\n", errors)
-
-    backend = "module://not_installed"  # as a notebook may leave it
-    result = run(*command, "--resume", cwd=tmp_path, MPLBACKEND=backend)
+    surroundings = {
+        "MPLBACKEND": "module://not_installed",  # as a notebook may leave it
+        "PYTHONIOENCODING": "ascii",
+    }
+    flags = ["--validation-size=100", "--num-epochs=9"]
+    result = run(*command, *flags, cwd=tmp_path, **surroundings)
     assert (result.returncode, result.stderr) == (0, "")  # no bar in a log file
     number = r"(\d+\.\d\d)%"
     lines = re.search(
         r"Model Summary:\n[\s\S]*"
-        r"Continuing after epoch .* validation_size=100, .*\n[\s\S]*"
+        r"The first epoch will replace the weights in best_mnist_model.pth\n[\s\S]*"
         rf"Epoch 9/9 - Loss: \d\.\d{{4}}, Train Acc: {number}, Val Acc: {number}, "
         rf"Test Acc: {number}\n"
         r"Training took \d+ seconds on .*\n"
@@ -484,36 +559,98 @@ def test_the_script_alone_in_a_folder_trains_stops_resumes_and_evaluates(
     history = json.loads((tmp_path / "best_mnist_model_history.json").read_text())
     assert [metrics["epoch"] for metrics in history] == list(range(1, 10))
     assert best_validation == max(metrics["validation_accuracy"] for metrics in history)
+    assert mnist_cnn.plot_history(history).axes
 
     result = run(*command, "--evaluate", cwd=tmp_path)
     of_digits = re.findall(rf"^Digit \d: {number} of 20", result.stdout, re.MULTILINE)
     assert np.mean([float(accuracy) for accuracy in of_digits]) == pytest.approx(tested)
-    files = {path.name for path in tmp_path.iterdir()}
-    assert {"best_mnist_model_curves.png", "best_mnist_model_mistakes.png"} <= files
+    names = [
+        "best_mnist_model.pth",
+        "mnist_cnn.py",
+        "few",
+        "best_mnist_model_curves.png",
+    ]
+    names += ["best_mnist_model_history.json", "best_mnist_model_mistakes.png"]
+    assert {path.name for path in tmp_path.iterdir()} == set(names)
+    assert run(*command, "--help", cwd=tmp_path, **surroundings).returncode == 0
+
+
+@pytest.fixture
+def main(params, tmp_path, monkeypatch, capsys):
+    """The command line, in an empty folder: from flags to status, output and errors."""
+
+    def call(flags):
+        flags += f" --data-dir {params.data_dir}"
+        monkeypatch.setattr(sys, "argv", ["mnist_cnn.py", *flags.split()])
+        try:
+            status = mnist_cnn.main()
+        except SystemExit as stop:  # argparse's
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    monkeypatch.chdir(tmp_path)
+    return call
+
+
+def test_a_training_that_stops_at_its_figures_can_be_resumed(main, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(mnist_cnn, "plot_history", interrupt)
+        status, _, errors = main("--num-epochs 1 --validation-size 100")
+    assert (status, errors) == (
+        130,
+        "\nStopped. --resume continues a training that has begun its first epoch.\n",
+    )
+    status, output, _ = main("--resume")
+    assert status == 0
+    assert "Continuing after epoch 1 with HyperParameters(num_epochs=1" in output
+    assert Path("best_mnist_model_curves.png").exists()
+    assert not Path("best_mnist_model.pth.resume").exists()
+    monkeypatch.setattr(mnist_cnn, "report", interrupt)
+    assert main("--evaluate") == (130, "", "\nStopped.\n")
 
 
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
-        ("--num-epochs 0", "num_epochs is 0, but must be at least 1"),
+        ("--num-epochs 0", "num_epochs is 0, but must be int from 1 to 999"),
         ("--num-epochs many", "argument --num-epochs: invalid int value: 'many'"),
         ("--epochs 3", "unrecognized arguments: --epochs 3"),
-        ("--device gpu", "device gpu cannot be used"),
-        ("--device cuda:99", "device cuda:99 cannot be used"),
-        ("--learning-rate 1e20", "diverged in epoch 1: lower learning_rate"),
+        ("--device gpu", "device gpu cannot be used, but --device cpu can"),
+        ("--device cuda:99", "device cuda:99 cannot be used, but --device cpu can"),
         ("--resume", "No such file or directory: 'best_mnist_model.pth.resume'"),
+        ("--resume --num-epochs 5", "so leave out num_epochs"),
+        ("--evaluate --precision float32", "so leave out precision"),
         ("--evaluate", "No such file or directory: 'best_mnist_model.pth'"),
+        ("--checkpoint runs/", "runs/ is not the name of a file"),
+        ("--checkpoint few", "few is not the name of a file"),
     ],
 )
-def test_a_wrong_flag_is_explained_in_a_line(
-    flags, complaint, params, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
-    flags += f" --validation-size 100 --data-dir {params.data_dir}"
-    monkeypatch.setattr(sys, "argv", ["mnist_cnn.py", *flags.split()])
-    try:
-        status = mnist_cnn.main()
-    except SystemExit as stop:  # argparse's
-        status = stop.code
-    assert status == 2
-    assert complaint in capsys.readouterr().err.splitlines()[-1]
+def test_a_wrong_flag_is_explained_in_a_line(flags, complaint, main):
+    status, output, errors = main(flags)
+    assert (status, output) == (2, "")
+    assert complaint in errors.splitlines()[-1]
+
+
+def test_a_home_folder_is_expanded(main, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "few"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "few"))
+    main("--num-epochs 1 --validation-size 100 --checkpoint=~/m.pth")
+    assert (tmp_path / "few" / "m_history.json").exists()
+
+
+def test_a_gpu_that_this_torch_cannot_use_is_an_error(monkeypatch):
+    def no_kernel(_):
+        raise RuntimeError("no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(torch.Tensor, "exp", no_kernel)
+    with pytest.raises(ValueError, match="--device cpu can: no kernel image"):
+        mnist_cnn.pick_device("auto")
+
+
+def test_a_notebook_keeps_its_backend_after_run(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "module://of_a_notebook")
+    monkeypatch.setitem(sys.modules, "IPython", sys)
+    monkeypatch.setattr(sys, "argv", ["mnist_cnn.py", "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert os.environ["MPLBACKEND"] == "module://of_a_notebook"
