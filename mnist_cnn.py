@@ -70,9 +70,13 @@ class HyperParameters:
     num_epochs: int = setting(20, "passes over the training images", 1, 999)
     batch_size: int = setting(64, "images per step, over all processes", WORLD_SIZE)
     learning_rate: float = setting(0.0009, "of the first step; it rises tenfold", 0, 1)
-    dropout_rate: float = setting(0.25, "times max(0, 1 - 2e/n) in epoch e of n", 0, 1)
-    random_seed: int = setting(42, "of everything that is random", 0, 4_000_000)
-    augmentation: float = setting(1.0, "times min(1, 2 - 2e/n) in epoch e of n", 0, 4)
+    dropout_rate: float = setting(
+        0.25, "dropout in epoch e of n is this times max(0, 1 - 2e/n)", 0, 1
+    )
+    random_seed: int = setting(42, "seed of everything that is random", 0, 4_000_000)
+    augmentation: float = setting(
+        1.0, "its strength in epoch e of n is this times min(1, 2 - 2e/n)", 0, 4
+    )
     validation_size: int = setting(5_000, "images held out to choose the epoch", 1)
     device: str = setting("auto", "cpu, cuda, ...; auto takes a GPU if there is one")
     precision: str = setting("auto", "float32; auto takes bfloat16 if the CPU has it")
@@ -250,7 +254,8 @@ def infer(model: nn.Module, images: Tensor) -> Tensor:
         raise TypeError(f"images must be uint8 from 0 to 255, not {images.dtype}")
     device = next(model.parameters()).device
     model.eval()
-    batches = [model(normalize(x.to(device))) for x in images.split(1_000)]
+    # On a CPU core, 200 images at a time take less time than 1,000 (RESULTS.md).
+    batches = [model(normalize(x.to(device))) for x in images.split(200)]
     return torch.cat(batches).cpu()
 
 
@@ -663,7 +668,9 @@ def parse_flags(argv: list[str] | None = None) -> dict[str, Any]:
         argument_default=SUPPRESS,
     )
     parser.add_argument("--resume", action="store_true", help="continue a stopped run")
-    parser.add_argument("--evaluate", action="store_true", help="test saved weights")
+    parser.add_argument(
+        "--evaluate", action="store_true", help="test the saved weights"
+    )
     parser.add_argument(
         "--checkpoint",
         type=os.path.expanduser,
