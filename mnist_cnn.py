@@ -21,7 +21,7 @@ from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import Field, asdict, dataclass, field, fields
-from io import BytesIO
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +79,7 @@ class HyperParameters:
     )
     validation_size: int = setting(5_000, "images held out to choose the epoch", 1)
     device: str = setting("auto", "cpu, cuda, ...; auto takes a GPU if there is one")
-    precision: str = setting("auto", "float32; auto takes bfloat16 if the CPU has it")
+    precision: str = setting("auto", "float32; auto: bfloat16 on a CPU that has it")
     data_dir: str = setting(
         os.environ.get("MNIST_DATA_DIR", "data"), "folder with MNIST/raw"
     )
@@ -277,7 +277,10 @@ def evaluate_model(
 
 
 def augment(images: Tensor, strength: float) -> Tensor:
-    """Rotate, scale, stretch, shear and shift every image (N, 1, 28, 28) at random."""
+    """Rotate, scale, stretch, shear and shift every image (N, 1, 28, 28) at random.
+
+    At strength 1: by up to 22 degrees, 22 %, 18 %, 0.38 and 3 pixels.
+    """
     uniform = torch.rand(6, len(images), device=images.device) * 2 - 1
     angle = math.radians(22 * strength) * uniform[0]
     size = 1 + 0.22 * strength * uniform[1]
@@ -310,10 +313,10 @@ def fade(epoch: int, params: HyperParameters) -> tuple[float, float]:
 def prepare_training(
     params: HyperParameters, num_images: int, device: torch.device
 ) -> tuple[Any, Any, Any]:
-    """A new model, and Adam, whose learning rate rises tenfold, then falls to 0.
+    """A new model, and Adam with a learning rate that rises tenfold, then falls.
 
-    It rises in the first 30 % of the steps. Adam's beta1 goes the other way. Smith and
-    Topin, "Super-Convergence", 2018.
+    It rises in the first 30 % of the steps, and ends at almost 0. Adam's beta1 goes the
+    other way. Smith and Topin, "Super-Convergence", 2018.
 
     For the whole process, freed memory is kept, and cuDNN becomes deterministic, since
     two trainings on a GPU would differ otherwise.
@@ -322,7 +325,9 @@ def prepare_training(
     torch.backends.cudnn.deterministic = True
     torch.manual_seed(1000 * params.random_seed)
     model = TinyCNN(params.dropout_rate)
-    model.to(device).to(memory_format=torch.channels_last)  # trains fastest
+    model.to(device)
+    if device.type != "mps":  # there, gradients would be wrong (PyTorch issue 175189)
+        model.to(memory_format=torch.channels_last)  # trains fastest
     optimizer = Adam(model.parameters(), fused=True)
     schedule = OneCycleLR(
         optimizer,
@@ -349,6 +354,7 @@ METRICS = (
     "train_accuracy",
     "validation_loss",
     "validation_accuracy",
+    "test_loss",
     "test_accuracy",
     "seconds",
 )
@@ -492,9 +498,9 @@ def train_model(
         if RANK > 0:
             continue  # the first process evaluates and saves
         validated = evaluate_model(model, *validation)
-        _, test_accuracy = evaluate_model(model, *test)
+        tested = evaluate_model(model, *test)
         seconds = time.perf_counter() - start
-        values = epoch, *trained, *validated, test_accuracy, seconds
+        values = epoch, *trained, *validated, *tested, seconds
         history.append(dict(zip(METRICS, values, strict=True)))
         if best_epoch(history) is history[-1]:
             best_model.load_state_dict(model.state_dict())
@@ -517,7 +523,7 @@ def train_model(
 
 
 def check_path(name: str | Path) -> Path:
-    """The path of a checkpoint. Makes its folder, and raises OSError for no file."""
+    """The path of a checkpoint, whose folder is made. Raises OSError for a folder."""
     path = Path(name).expanduser()
     if str(name).endswith("/") or (path.exists() and not path.is_file()):
         raise OSError(f"{name} is not the name of a file")
@@ -614,11 +620,10 @@ def plot_history(history: list[Metrics]) -> "Figure":
     loss.set(title="Cross-entropy (nats)")
     error.set(title="Error rate (%)")
     epochs = [metrics["epoch"] for metrics in history]
-    for split in ("train", "validation"):
-        losses = [metrics[f"{split}_loss"] for metrics in history]
-        loss.plot(epochs, losses, ".-", label=split)
     for split in ("train", "validation", "test"):
+        losses = [metrics[f"{split}_loss"] for metrics in history]
         error_rates = [100 - metrics[f"{split}_accuracy"] for metrics in history]
+        loss.plot(epochs, losses, ".-", label=split)
         error.plot(epochs, error_rates, ".-", label=split)
     best = best_epoch(history)["epoch"]
     for axes in (loss, error):
@@ -685,7 +690,7 @@ def parse_flags(argv: list[str] | None = None) -> dict[str, Any]:
     if len(others) > 1 and others & {"resume", "evaluate"}:
         parser.error(
             "--resume and --evaluate take no flags but --checkpoint, --device and "
-            f"--data-dir, and not {', '.join(sorted(others))}"
+            f"--data-dir; given together: {', '.join(sorted(others))}"
         )
     return flags
 
@@ -695,7 +700,7 @@ def join_processes(params: HyperParameters) -> None:
 
     Raises ValueError if there are fewer GPUs than processes.
     """
-    local_rank = int(os.environ["LOCAL_RANK"])
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if pick_device(params.device).type != "cpu":
         if torch.accelerator.device_count() <= local_rank:
             raise ValueError("fewer GPUs than processes; --device cpu needs none")
@@ -755,5 +760,6 @@ def main() -> int:
 if __name__ == "__main__":
     if not IN_NOTEBOOK:
         os.environ["MPLBACKEND"] = "agg"  # a notebook's own may be missing here
-        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names it cannot print
     sys.exit(main())
