@@ -74,7 +74,7 @@ def run(*command, cwd, **environment):
 
 
 on_unix = pytest.mark.skipif(
-    sys.platform == "win32", reason="there is no forkserver on Windows"
+    sys.platform == "win32", reason="torchrun and forkserver are not for Windows"
 )
 
 
