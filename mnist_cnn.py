@@ -573,8 +573,8 @@ def read_state(path: Path, params: HyperParameters) -> dict[str, Any]:
     """The state of a training, but with the device and the data folder of `params`."""
     state = read_tensors(path)
     with fitting(path):
-        here = {"device": params.device, "data_dir": params.data_dir}
-        state["params"] = HyperParameters(**state["params"] | here)
+        machine = {"device": params.device, "data_dir": params.data_dir}
+        state["params"] = HyperParameters(**state["params"] | machine)
         state["history"] = [{key: e[key] for key in METRICS} for e in state["history"]]
     return state
 
