@@ -33,29 +33,25 @@ SIDE = 600
 NOT_SURE = 0.7  # see RESULTS.md for how often a digit below it is wrong
 
 
-def open_picture(path: str | Path) -> Image.Image:
-    """The picture of a file, turned as it was taken. Raises OSError."""
-    try:
-        picture = Image.open(path)
-        picture.draft("RGB", (SIDE, SIDE))  # decodes a large JPEG much faster
-        return ImageOps.exif_transpose(picture)
-    except Exception as error:  # a damaged file can raise nearly any of them
-        if getattr(error, "strerror", None):
-            raise  # there is no such file
-        advice = "export it as a JPEG or PNG of less than 89 megapixels"
-        raise OSError(f"{error}; {advice}") from error
-
-
 def read_grey(picture: Picture) -> np.ndarray:
-    """The picture as if on white paper: (H, W) float32 from 0 (black) to 1 (white)."""
+    """The picture as if on white paper: (H, W) float32 from 0 (black) to 1 (white).
+
+    Raises OSError for a file that is no picture, and TypeError.
+    """
     if isinstance(picture, str | Path):
-        picture = open_picture(picture)
-    if getattr(picture, "dtype", None) == np.uint8 and picture.shape[2:] in ((), (3,)):
+        try:
+            picture = Image.open(picture)
+            picture.draft("RGB", (SIDE, SIDE))  # decodes a large JPEG much faster
+            picture = ImageOps.exif_transpose(picture)  # photos may lie on their side
+        except Exception as error:  # a damaged file can raise nearly any of them
+            if getattr(error, "strerror", None):
+                raise  # there is no such file
+            advice = "export it as a JPEG or PNG of less than 89 megapixels"
+            raise OSError(f"{error}; {advice}") from error
+    if isinstance(picture, np.ndarray) and picture.dtype == np.uint8:
         picture = Image.fromarray(picture)
     if not isinstance(picture, Image.Image):
-        raise TypeError(
-            "a picture must be a path, a PIL image or a uint8 array (H, W) or (H, W, 3)"
-        )
+        raise TypeError("a picture is a path, a PIL image or a uint8 array (H, W)")
     shrink = max(1, round(min(picture.size) / SIDE))
     if picture.mode[0] in "IF":  # one channel of more than 8 bits
         values = np.asarray(picture.convert("F").reduce(shrink))
@@ -89,10 +85,12 @@ def find_lines(dark: np.ndarray) -> np.ndarray:
     rows, columns = thin.nonzero()
     lines = np.zeros_like(dark)
     for slope in np.linspace(-0.12, 0.12, 73):  # up to 7 degrees
-        line = np.rint(rows - slope * columns).astype(int) + len(dark)
+        line = np.rint(rows - slope * columns).astype(int)
+        line -= line.min(initial=0)
         is_long = np.bincount(line, minlength=1) > 0.6 * dark.shape[1]
         if np.ptp(np.append(is_long.argmax(), is_long.nonzero())) > 2 * thick:
-            lines[rows[is_long[line]], columns[is_long[line]]] = True
+            found = is_long[line]
+            lines[rows[found], columns[found]] = True
     return lines
 
 
@@ -103,9 +101,9 @@ def find_ink(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Raises ValueError if nothing is written there.
     """
     around = ndimage.uniform_filter(grey, 1 + min(grey.shape) // 2)
-    is_light_on_dark = ((grey - around) ** 3).sum() > 0
-    dark_on_light = 1 - grey if is_light_on_dark else grey
-    ink = 1 - (dark_on_light + 0.02) / (find_paper(dark_on_light) + 0.02)
+    if ((grey - around) ** 3).sum() > 0:  # what stands out is lighter than the paper
+        grey = 1 - grey
+    ink = 1 - (grey + 0.02) / (find_paper(grey) + 0.02)
     ink = ndimage.gaussian_filter(ink, min(grey.shape) / SIDE)
     ink -= np.median(ink)
     grain = 1.5 * np.median(abs(ink))  # the standard deviation of bare paper
@@ -152,7 +150,7 @@ def find_pieces(dark: np.ndarray) -> tuple[np.ndarray, float]:
     height, width = dark.shape
     at_edge = (top == 0) | (left == 0) | (bottom == height) | (right == width)
     # Half of the ink is in pieces of this size or less.
-    weight = np.where(is_frame, 0, 1 + ink // np.where(at_edge, 50, 1))
+    weight = 1 + ink // np.where(at_edge, 50, 1)
     tall = np.median(size.repeat(weight))
     if tall < max(8, min(dark.shape) / 40):
         raise ValueError("nothing is written on it, or it is too small: crop it")
@@ -163,31 +161,24 @@ def find_pieces(dark: np.ndarray) -> tuple[np.ndarray, float]:
     return np.append(0, used.cumsum() * used)[pieces], tall
 
 
-def join_pieces(pieces: np.ndarray, tall: float) -> np.ndarray:
-    """Give all pieces of a digit, which is `tall` pixels tall, one number: (H, W)."""
-    top, bottom, left, right = find_sides(pieces)
-    smaller, larger = np.minimum.outer, np.maximum.outer  # of each two pieces
-    height = bottom - top
-    apart = larger(left, left) - smaller(right, right)  # negative if they overlap
-    apart = np.maximum(apart, larger(top, top) - smaller(bottom, bottom))
-    beside = (apart < tall / 10) & (smaller(height, height) < 0.6 * tall)
-    # Two lines of writing stay apart, and so do the dashes of an equals sign.
-    total = larger(bottom, bottom) - smaller(top, top)
-    is_digit = (total < 1.5 * tall) & (larger(height, height) > tall / 3)
-    _, digit = connected_components(beside & is_digit)
-    return np.append(0, 1 + digit)[pieces]
-
-
 def find_digits(dark: np.ndarray) -> np.ndarray:
     """Number the digits from 1 in reading order: (H, W) int, 0 where there is none.
 
     Raises ValueError if there are none.
     """
     pieces, tall = find_pieces(dark)
-    pieces = join_pieces(pieces, tall)
-    top, bottom, left, _ = find_sides(pieces)
-    middle = (top + bottom) / 2
+    # A piece that is less tall belongs to what is very near to it.
+    top, bottom, left, right = find_sides(pieces)
+    gap_across = np.maximum.outer(left, left) - np.minimum.outer(right, right)
+    gap_down = np.maximum.outer(top, top) - np.minimum.outer(bottom, bottom)
+    is_near = np.maximum(gap_across, gap_down) < tall / 10
+    is_small = bottom - top < 0.6 * tall
+    _, digit = connected_components(is_near & np.logical_or.outer(is_small, is_small))
+    pieces = np.append(0, 1 + digit)[pieces]
+
     # A digit continues the line whose last digit is beside it, so lines may slant.
+    top, bottom, left, right = find_sides(pieces)
+    middle = (top + bottom) / 2
     lines: list[list[int]] = []
     for digit in left.argsort():
         if bottom[digit] - top[digit] < tall / 3:
@@ -200,10 +191,10 @@ def find_digits(dark: np.ndarray) -> np.ndarray:
     if not lines:
         raise ValueError("no digit is written on it")
     lines.sort(key=lambda line: middle[line].mean())
-    in_order = np.concatenate(lines)
-    number = np.zeros(len(top), int)
-    number[in_order] = 1 + np.arange(len(in_order))
-    return ndimage.maximum_filter(np.append(0, number)[pieces], 3)  # with soft edges
+    number = np.zeros(1 + len(top), int)
+    for count, digit in enumerate(np.concatenate(lines), 1):
+        number[1 + digit] = count
+    return ndimage.maximum_filter(number[pieces], 3)  # with their soft edges
 
 
 def like_mnist(ink: np.ndarray) -> Tensor:
@@ -211,10 +202,9 @@ def like_mnist(ink: np.ndarray) -> Tensor:
 
     The ink fits into 20x20 pixels, and its centre of mass lies in the middle of 28x28.
     """
-    rows, columns = ink.nonzero()
-    top, left = rows.min(), columns.min()
-    side = 1 + max(np.ptp(rows), np.ptp(columns))
-    square = Image.fromarray(ink).crop((left, top, left + side, top + side))
+    height, width = ink.shape
+    side = max(height, width)
+    square = Image.fromarray(np.pad(ink, [(0, side - height), (0, side - width)]))
     small = np.asarray(square.resize((20, 20), Image.Resampling.BICUBIC)).clip(0)
     image = np.pad(small / small.max(), (0, 8))
     to_middle = np.subtract(14, ndimage.center_of_mass(image))
@@ -222,34 +212,27 @@ def like_mnist(ink: np.ndarray) -> Tensor:
     return torch.from_numpy(255 * image).round().byte().unsqueeze(0)
 
 
-def read_page(picture: Picture) -> tuple[Tensor, list[Box]]:
+def read_page(picture: Picture, single: bool = False) -> tuple[Tensor, list[Box]]:
     """The picture's N digits, from left to right, line by line, as MNIST's images.
 
+    single: whether all of it is one digit; then several digits raise a warning.
     Returns the images (N, 1, 28, 28) uint8, and the box of each digit: its rows and
     columns in `read_grey(picture)`. Raises OSError for a file that is no picture and
     ValueError for a picture without a digit.
     """
-    ink, dark = find_ink(read_grey(picture))
-    digits = find_digits(dark)
-    boxes = ndimage.find_objects(digits)
-    each = [np.where(digits[b] == i, ink[b], 0) for i, b in enumerate(boxes, 1)]
-    return torch.stack([like_mnist(ink) for ink in each]), boxes
-
-
-def read_digit(picture: Picture) -> Tensor:
-    """The picture's digit in the form of MNIST's images: (1, 28, 28) uint8.
-
-    A picture of that form stays as it is. Raises as `read_page` does, and warns of
-    several digits.
-    """
     grey = read_grey(picture)
     if grey.shape == (28, 28) and grey.any() and not grey[::27, ::27].any():
-        return like_mnist(grey)  # white on black, as MNIST's images are
-    ink, dark = find_ink(grey)
-    digits = find_digits(dark)
-    if digits.max() > 1:
+        ink, digits = grey, np.ones((28, 28), int)  # light on black, as in MNIST
+    else:
+        ink, dark = find_ink(grey)
+        digits = find_digits(dark)
+    if single and digits.max() > 1:
         warnings.warn("several digits: use predict_page for them", stacklevel=3)
-    return like_mnist(np.where(digits > 0, ink, 0))
+        digits = np.minimum(digits, 1)
+    digits[ink == 0] = 0
+    boxes = ndimage.find_objects(digits)
+    each = [np.where(digits[b] == i, ink[b], 0) for i, b in enumerate(boxes, 1)]
+    return torch.stack(list(map(like_mnist, each))), boxes
 
 
 def predict_digits(model: nn.Module, pictures: Any) -> tuple[Tensor, Tensor]:
@@ -262,9 +245,9 @@ def predict_digits(model: nn.Module, pictures: Any) -> tuple[Tensor, Tensor]:
     is_batch = isinstance(pictures, np.ndarray) and pictures.shape[1:] == (28, 28)
     if not is_batch and not isinstance(pictures, list):
         raise TypeError("pictures must be a list, or a uint8 array (N, 28, 28)")
-    if len(pictures) == 0:
+    if not len(pictures):
         raise ValueError("there are no pictures")
-    images = torch.stack(list(map(read_digit, pictures)))
+    images = torch.cat([read_page(picture, single=True)[0] for picture in pictures])
     probabilities = infer(model, images).softmax(1)
     return probabilities.argmax(1), probabilities
 
@@ -285,18 +268,19 @@ def predict_page(
 def save_answer(path: str, digits: list[int]) -> None:
     """Write PATH_read.png: the answer at each digit, and what the network sees."""
     from matplotlib.figure import Figure  # slow to import
+    from matplotlib.patches import Rectangle
     from torchvision.utils import make_grid
 
     images, boxes = read_page(path)
     figure = Figure(figsize=(8, 10), layout="constrained")
     page, seen = figure.subplots(2, height_ratios=(4, 1))
-    page.imshow(read_grey(path), "gray", vmin=0, vmax=1)
-    for digit, (rows, columns) in zip(digits, boxes, strict=True):
-        left, right, top, bottom = columns.start, columns.stop, rows.start, rows.stop
-        page.plot(
-            [left, right, right, left, left], [top, top, bottom, bottom, top], "r"
+    page.imshow(read_grey(path), "gray")
+    for digit, (y, x) in zip(digits, boxes, strict=True):
+        height, width = y.stop - y.start, x.stop - x.start
+        page.add_patch(
+            Rectangle((x.start, y.start), width, height, fill=False, ec="red")
         )
-        page.text(left, top, str(digit), color="red")
+        page.text(x.start, y.start, digit, color="red")
     seen.imshow(make_grid(images, nrow=20)[0], "gray")
     figure.savefig(f"{Path(path).with_suffix('')}_read.png")
 
@@ -320,8 +304,7 @@ def main() -> int:
     try:
         model = load_model(arguments.checkpoint, HyperParameters())
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        parser.error(str(error))
 
     status = 0
     for path in arguments.pictures:

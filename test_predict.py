@@ -68,11 +68,11 @@ def test_the_shipped_checkpoint_reads_pictures_of_every_kind(tmp_path):
 
 def test_the_digit_is_fitted_like_those_of_mnist():
     """Into 20x20 pixels, with its centre of mass in the middle of 28x28."""
-    image = predict.read_digit(draw(SEVEN))[0].numpy()
+    image = predict.read_page(draw(SEVEN))[0][0, 0].numpy()
     rows, _ = image.nonzero()
     assert np.ptp(rows) + 1 == 20
     assert center_of_mass(image) == pytest.approx((14, 14), abs=0.5)
-    assert (predict.read_digit(image)[0].numpy() == image).all()
+    assert (predict.read_page(image)[0][0, 0].numpy() == image).all()
 
 
 @pytest.mark.parametrize(
