@@ -105,8 +105,7 @@ def find_ink(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         grey = 1 - grey
     ink = 1 - (grey + 0.02) / (find_paper(grey) + 0.02)
     ink = ndimage.gaussian_filter(ink, min(grey.shape) / SIDE)
-    ink -= np.median(ink)
-    grain = 1.5 * np.median(abs(ink))  # the standard deviation of bare paper
+    grain = 1.5 * np.median(abs(ink))  # of bare paper
     if ink.max() < max(0.1, 6 * grain):
         raise ValueError("nothing is written on it")
     # A stroke ends where it is half as dark as ink usually is. What is a little fainter

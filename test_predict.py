@@ -136,14 +136,18 @@ def test_the_snippets_of_the_readme_work(tmp_path):
 
 def test_the_demo_answers_a_drawing_a_photo_and_no_picture(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the checkpoint lies beside the script
-    from demo import recognize
+    from demo import UPLOADS, recognize
 
     draw(SEVEN).save("seven.png")
     drawing = b64encode(Path("seven.png").read_bytes()).decode()
-    for picture in (drawing, {"path": "seven.png"}):
+    uploaded = shutil.copy("seven.png", UPLOADS.name)
+    for picture in (drawing, {"path": uploaded}):
         probabilities, _ = recognize(picture)
         assert np.argmax(probabilities) == 7
     assert recognize(None) == ("", None)
-    page.save("page.png")
-    answer, _ = recognize({"path": "page.png"})
-    assert answer == "1 7 7"
+    answer, seen = recognize({"path": "seven.png"})  # a file of the server's own
+    assert "cannot be read" in answer
+    assert seen is None
+    page.save(Path(UPLOADS.name, "page.png"))
+    answer, _ = recognize({"path": f"{UPLOADS.name}/page.png"})
+    assert re.sub(r" \(\d+%\)", "", answer) == "1, 7, 7"
