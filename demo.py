@@ -3,18 +3,25 @@
 pip install "gradio>=6" && python demo.py
 """
 
+import os
+import sys
 from base64 import b64decode
 from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from torchvision.utils import make_grid
 
-from mnist_cnn import CHECKPOINT, HyperParameters, infer, load_model
+from mnist_cnn import CHECKPOINT, infer, load_model
 from predict import read_page
 
-MODEL = load_model(Path(__file__).with_name(CHECKPOINT), HyperParameters(device="cpu"))
+MODEL = load_model(Path(__file__).with_name(CHECKPOINT), device="cpu")
+# Gradio stores uploaded files there. Its API accepts any path; we read no other file.
+UPLOADS = TemporaryDirectory()
+os.environ["GRADIO_TEMP_DIR"] = UPLOADS.name
 
 # A canvas of our own: the brush of gr.Sketchpad (Gradio 6.31) must be chosen before it
 # draws, and again after each time the pad is cleared.
@@ -36,19 +43,21 @@ const send = (drawing) => {
   props.value = drawing;
   trigger("input");
 };
+const draw = (x, y) => {
+  const scale = canvas.width / canvas.clientWidth;
+  pen.lineTo(x * scale, y * scale);
+  pen.stroke();
+};
 const clear = () => pen.clearRect(0, 0, canvas.width, canvas.height);
 
 canvas.onpointerdown = (event) => {
   canvas.setPointerCapture(event.pointerId);  // a stroke may leave the pad
   pen.beginPath();
-  canvas.onpointermove(event);  // sets the pen down
-  canvas.onpointermove(event);  // draws a dot
+  draw(event.offsetX, event.offsetY);
+  draw(event.offsetX + 0.5, event.offsetY);  // Chromium draws no line of length zero
 };
 canvas.onpointermove = (event) => {
-  if (!event.buttons) return;
-  const scale = canvas.width / canvas.clientWidth;
-  pen.lineTo(event.offsetX * scale, event.offsetY * scale);
-  pen.stroke();
+  if (event.buttons) draw(event.offsetX, event.offsetY);
 };
 canvas.onpointerup = () => send(canvas.toDataURL().split(",")[1]);
 element.querySelector("button").onclick = () => {
@@ -86,22 +95,31 @@ def recognize(picture: Any) -> tuple[list[float] | str, np.ndarray | None]:
         if isinstance(picture, str):
             picture = Image.open(BytesIO(b64decode(picture)))
         else:
-            picture = picture["path"]
+            picture = Path(picture["path"]).resolve()
+            if not picture.is_relative_to(Path(UPLOADS.name).resolve()):
+                raise OSError("not an uploaded file")
         images, _ = read_page(picture)
-    except (OSError, Image.DecompressionBombError):  # both of them Pillow's
-        return "This file cannot be read as a picture.", None
+    except OSError:
+        return "This file cannot be read. Export it as a JPEG or PNG.", None
     except ValueError as error:
         return f"{error}.".capitalize(), None
-    seen = np.hstack(list(images.squeeze(1))).repeat(20, 0).repeat(20, 1)
+    seen = make_grid(images, nrow=4)[0].numpy().repeat(10, 0).repeat(10, 1)
     probabilities = infer(MODEL, images).softmax(1)
     if len(images) == 1:
         return probabilities[0].tolist(), seen
-    return " ".join(map(str, probabilities.argmax(1).tolist())), seen
+    best = [f"{each.argmax()} ({each.max():.0%})" for each in probabilities]
+    return ", ".join(best), seen
 
 
 if __name__ == "__main__":
-    import gradio as gr
+    try:
+        import gradio as gr
+    except ImportError:
+        sys.exit('Install Gradio first: pip install "gradio>=6"')
 
+    dot = np.zeros((100, 100), np.uint8)
+    dot[40:60, 45:55] = 255
+    infer(MODEL, read_page(dot)[0])  # the first time takes seconds
     with gr.Blocks(title="TinyCNN", analytics_enabled=False) as page:
         gr.Markdown(
             "# TinyCNN\n"
@@ -114,13 +132,11 @@ if __name__ == "__main__":
                 with gr.Row():
                     with gr.Column(min_width=200):
                         answer = gr.HTML(html_template=ANSWER, container=True)
-                    seen = gr.Image(
-                        label="What the network sees",
-                        format="png",
-                        height=300,
-                        min_width=200,
-                        buttons=[],
-                    )
+                    with gr.Column(min_width=200):
+                        gr.Markdown("What the network sees")
+                        seen = gr.Image(
+                            show_label=False, format="png", height=300, buttons=[]
+                        )
                 photo = gr.Image(
                     label="or drop a photo", sources="upload", height=240, buttons=[]
                 )

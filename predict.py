@@ -1,6 +1,7 @@
 """Read your own handwriting: digits on photos, scans and drawings.
 
 python predict.py seven.jpg page.png
+python predict.py --show page.png
 python predict.py --checkpoint my_model.pth seven.jpg
 
 A page is read from left to right, line by line. The percentage is that of its
@@ -15,33 +16,42 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from scipy import ndimage
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
-from mnist_cnn import CHECKPOINT, HyperParameters, infer, load_model
+from mnist_cnn import CHECKPOINT, infer, load_model
 
 Picture = str | Path | Image.Image | np.ndarray
 Box = tuple[slice, slice]  # rows and columns
-SIDE = 200  # a large picture is shrunk to about as many pixels on its shorter side
 NEIGHBOURS = np.ones((3, 3))
 
+# A larger picture is shrunk until its shorter side has about as many pixels. A pen's
+# line is 0.4 mm wide, 1/500 of the width of a page, and still one pixel then.
+SIDE = 600
+NOT_SURE = 0.7  # see RESULTS.md for how often a digit below it is wrong
 
-def read_grey(picture: Picture) -> Any:
-    """The picture as if on white paper: (H, W) float32 from 0 (black) to 1 (white)."""
+
+def read_grey(picture: Picture) -> np.ndarray:
+    """The picture as if on white paper: (H, W) float32 from 0 (black) to 1 (white).
+
+    Raises OSError for a file that is no picture, and TypeError.
+    """
     if isinstance(picture, str | Path):
         try:
             picture = Image.open(picture)
             picture.draft("RGB", (SIDE, SIDE))  # decodes a large JPEG much faster
-            picture.load()
-        except (UnidentifiedImageError, SyntaxError) as error:  # both of them Pillow's
-            raise OSError(f"{error}; export it as JPEG or PNG") from error
-    if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8:
-            raise TypeError(f"an array must be uint8, not {picture.dtype}")
+            picture = ImageOps.exif_transpose(picture)  # photos may lie on their side
+        except Exception as error:  # a damaged file can raise nearly any of them
+            if getattr(error, "strerror", None):
+                raise  # there is no such file
+            advice = "export it as a JPEG or PNG of less than 89 megapixels"
+            raise OSError(f"{error}; {advice}") from error
+    if isinstance(picture, np.ndarray) and picture.dtype == np.uint8:
         picture = Image.fromarray(picture)
-    picture = ImageOps.exif_transpose(picture)  # photos may lie on their side
-
+    if not isinstance(picture, Image.Image):
+        raise TypeError("a picture is a path, a PIL image or a uint8 array (H, W)")
     shrink = max(1, round(min(picture.size) / SIDE))
     if picture.mode[0] in "IF":  # one channel of more than 8 bits
         values = np.asarray(picture.convert("F").reduce(shrink))
@@ -52,151 +62,178 @@ def read_grey(picture: Picture) -> Any:
     return 1 - alpha * (1 - grey)
 
 
-def separate_ink(grey: Any, wide: int) -> tuple[Any, Any]:
+def find_paper(grey: np.ndarray) -> np.ndarray:
+    """The brightness that the paper has, or would have without the ink: (H, W)."""
+    # The mean of a block is free of the grain of the paper, which is no ink.
+    small = np.asarray(Image.fromarray(grey).reduce(1 + min(grey.shape) // 75))
+    # The closing fills strokes, but no shadow: beyond its edge the picture goes on as
+    # it is there, so a dark corner and the table under the paper are paper as well.
+    reach = 1 + min(small.shape) // 4
+    paper = ndimage.grey_closing(np.pad(small, reach, "edge"), 2 * reach)
+    paper = Image.fromarray(paper[reach:-reach, reach:-reach])
+    return np.asarray(paper.resize(grey.shape[::-1], Image.Resampling.BILINEAR))
+
+
+def find_lines(dark: np.ndarray) -> np.ndarray:
+    """The level lines of ruled paper, of a table or a form, as (H, W) bool.
+
+    Such lines are thin, most of the picture wide, and there are two or more. Where a
+    stroke crosses one, the stroke is no part of it.
+    """
+    thick = 1 + min(dark.shape) // 25
+    thin = dark & ~ndimage.binary_opening(dark, np.ones((thick, 1)))
+    rows, columns = thin.nonzero()
+    lines = np.zeros_like(dark)
+    for slope in np.linspace(-0.12, 0.12, 73):  # up to 7 degrees
+        line = np.rint(rows - slope * columns).astype(int)
+        line -= line.min(initial=0)
+        is_long = np.bincount(line, minlength=1) > 0.6 * dark.shape[1]
+        if np.ptp(np.append(is_long.argmax(), is_long.nonzero())) > 2 * thick:
+            found = is_long[line]
+            lines[rows[found], columns[found]] = True
+    return lines
+
+
+def find_ink(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """How much darker each pixel is than the paper around it, and which ones are ink.
 
-    The threshold lies between the mean of the ink and the mean of the other pixels.
-    Raises ValueError if there is no ink.
+    Both are (H, W), the first one from 0 (paper) to 1 (black), the other one bool.
+    Raises ValueError if nothing is written there.
     """
-    paper = ndimage.grey_closing(grey, wide)  # the strokes go, the shadows stay
-    ink = 1 - (grey + 0.02) / (paper + 0.02)
-    if ink.max() < 0.1:
+    beyond = np.pad(grey, 1 + min(grey.shape) // 2, "edge")
+    around = ndimage.uniform_filter(beyond, 1 + min(grey.shape) // 2)
+    if ((beyond - around) ** 3).sum() > 0:  # what stands out is lighter than the paper
+        grey = 1 - grey
+    ink = 1 - (grey + 0.02) / (find_paper(grey) + 0.02)
+    ink = ndimage.gaussian_filter(ink, min(grey.shape) / SIDE)
+    # The standard deviation of bare paper, also where most of the picture is ink.
+    grain = 2.6 * np.quantile(abs(ink), 0.3)
+    # A stroke ends where it is half as dark as ink usually is. What is a little fainter
+    # is ink as well if it is connected with a stroke. Both stand out from the grain.
+    usual = ink[ink >= ink.max() / 2].mean()
+    faint = ink > max(0.3 * usual, 6 * grain)
+    faint &= ~(find_lines(faint) | find_lines(faint.T).T)
+    dark = ndimage.binary_propagation(faint & (ink > usual / 2), NEIGHBOURS, faint)
+    if ink.max() < 0.1 or not dark.any():
         raise ValueError("nothing is written on it")
-    threshold = ink.max() / 2
-    for _ in range(20):
-        dark = ink > threshold
-        threshold = (ink[dark].mean() + ink[~dark].mean()) / 2
-    return ink, ink > threshold
+
+    # A solid patch is a sheet, a card or a screen, and the digits are on it.
+    pieces, _ = ndimage.label(dark, NEIGHBOURS)
+    patch = pieces == np.bincount(pieces[dark], minlength=1).argmax()
+    (box,) = ndimage.find_objects(patch.astype(int))
+    height, width = patch[box].shape
+    is_solid = patch[box].mean() > 0.7 and 0.4 < height / width < 2.5
+    if is_solid and 0.1 < height * width / dark.size < 0.9:
+        ink[box], dark[box] = find_ink(grey[box])
+        patch = ndimage.binary_fill_holes(patch)
+        dark &= ndimage.binary_erosion(patch, NEIGHBOURS, 1 + min(dark.shape) // 75)
+    return ink.clip(0), dark
 
 
-def erase_lines(mask: Any) -> Any:
-    """Erase the lines of a form, if at least two of them cross the whole picture."""
-    height, width = mask.shape
-    across = ndimage.binary_opening(mask, np.ones((1, width // 2)))
-    down = ndimage.binary_opening(mask, np.ones((height // 2, 1)))
-    for lines in (across, down.T):
-        labels, _ = ndimage.label(lines)
-        whole = np.intersect1d(labels[:, 0], labels[:, -1])
-        if np.count_nonzero(whole) >= 2:
-            return mask & ~ndimage.binary_dilation(across | down, NEIGHBOURS)
-    return mask
+def find_sides(pieces: np.ndarray) -> np.ndarray:
+    """The sides of N numbered pieces: top, bottom, left and right, (4, N) int."""
+    boxes = ndimage.find_objects(pieces)
+    return np.array([(y.start, y.stop, x.start, x.stop) for y, x in boxes]).T
 
 
-def find_ink(grey: Any) -> Any:
-    """The ink of the digits, with paper and everything else at 0: (H, W).
+def find_pieces(dark: np.ndarray) -> tuple[np.ndarray, float]:
+    """Number the pieces of ink that may be a part of a digit, and how tall one is.
 
-    Raises ValueError if nothing is written there, or if it is too small.
+    Raises ValueError if there are none.
     """
-    wide = max(3, min(grey.shape) // 3)  # wider than a stroke of the pen
-    contrast = grey - ndimage.uniform_filter(grey, wide)
-    if (contrast**3).sum() > 0:  # what stands out is lighter than the paper
-        grey = 1 - grey
-    frame = np.ones(grey.shape, bool)
-    frame[1:-1, 1:-1] = False
-    ink, dark = separate_ink(grey, wide)
-    if dark[frame].mean() > 0.5:  # then it is the paper that stands out
-        grey = 1 - grey
-        ink, dark = separate_ink(grey, wide)
-
-    # Drop what touches the border (a table, a thumb, a form), unless little is left.
-    pieces, _ = ndimage.label(erase_lines(dark), NEIGHBOURS)
-    sizes = np.bincount(pieces.flat)
-    sizes[0] = 0  # this is the paper
-    inside = sizes.copy()
-    inside[np.unique(pieces[frame])] = 0
-    if inside.max() > sizes.max() / 50:
-        sizes = inside
-    if not sizes.any():
-        raise ValueError("nothing is written on it")
-    kept = sizes >= 0.1 * sizes.max()  # the others are dirt
-    written = kept[pieces]
-    (box,) = ndimage.find_objects(written.astype(int))
-    height, width = written[box].shape
-    if max(height, width) < 8:
-        part = 100 * max(height, width) / min(grey.shape)
-        raise ValueError(
-            f"the digit is too small, {part:.0f}% of the picture's side; "
-            "crop the picture around it"
-        )
-
-    is_filled = written[box].mean() > 0.7 and 0.5 < height / width < 2
-    if is_filled and height * width < 0.9 * written.size:
-        ink = np.zeros_like(ink)
-        ink[box] = find_ink(grey[box])  # a dark box with a light digit in it
-        return ink
-    soft_edge = max(1, min(grey.shape) // 60)
-    written = ndimage.binary_dilation(written, NEIGHBOURS, soft_edge)
-    return np.where(written, ink, 0)
+    pieces, _ = ndimage.label(dark, NEIGHBOURS)
+    top, bottom, left, right = find_sides(pieces)
+    size = np.maximum(bottom - top, right - left)
+    ink = np.bincount(pieces.flat)[1:]
+    # What has other ink inside is a box, a table or the outline of the sheet.
+    is_frame = [dark[box].sum() for box in ndimage.find_objects(pieces)] > 1.3 * ink
+    # What the picture's edge cuts is no digit either, unless there is little else.
+    height, width = dark.shape
+    at_edge = (top == 0) | (left == 0) | (bottom == height) | (right == width)
+    # Half of the ink is in pieces of this size or less.
+    weight = 1 + ink // np.where(at_edge, 50, 1)
+    tall = np.median(size.repeat(weight))
+    if tall < max(8, min(dark.shape) / 40):
+        raise ValueError("nothing is written on it, or it is too small: crop it")
+    # What is smaller is dirt, and what is larger is a drawing or a shadow.
+    used = (size > 0.1 * tall) & (size < 2 * tall) & ~is_frame
+    if (used & ~at_edge).any():
+        used &= ~at_edge
+    return np.append(0, used.cumsum() * used)[pieces], tall
 
 
-def find_digits(ink: Any) -> list[Box]:
-    """The box of each digit, from left to right, line by line."""
-    # Pieces above one another are one digit. A small piece joins what is beside it.
-    written = ink > 0
-    pieces, _ = ndimage.label(written, NEIGHBOURS)
-    heights = [rows.stop - rows.start for rows, _ in ndimage.find_objects(pieces)]
-    tall = max(heights)
-    is_small = np.array([0, *heights]) < tall / 2
-    small = written & is_small[pieces]
-    near = ndimage.binary_dilation(written, np.ones((1 + tall // 4, 1)))
-    near |= ndimage.binary_dilation(small, np.ones((1, 1 + tall // 2)))
-    digits, _ = ndimage.label(near, NEIGHBOURS)
-    boxes = ndimage.find_objects(digits * written)
+def find_digits(dark: np.ndarray) -> np.ndarray:
+    """Number the digits from 1 in reading order: (H, W) int, 0 where there is none.
 
-    lines: list[list[Box]] = []
-    for box in sorted(boxes, key=lambda box: box[0].start + box[0].stop):
-        middle = (box[0].start + box[0].stop) / 2
-        if lines and middle < lines[-1][0][0].stop:
-            lines[-1].append(box)
+    Raises ValueError if there are none.
+    """
+    pieces, tall = find_pieces(dark)
+    # A piece that is less tall belongs to what is very near to it.
+    top, bottom, left, right = find_sides(pieces)
+    gap_across = np.maximum.outer(left, left) - np.minimum.outer(right, right)
+    gap_down = np.maximum.outer(top, top) - np.minimum.outer(bottom, bottom)
+    is_near = np.maximum(gap_across, gap_down) < tall / 10
+    is_small = bottom - top < 0.6 * tall
+    _, digit = connected_components(is_near & np.logical_or.outer(is_small, is_small))
+    pieces = np.append(0, 1 + digit)[pieces]
+
+    # A digit continues the line whose last digit is beside it, so lines may slant.
+    top, bottom, left, right = find_sides(pieces)
+    middle = (top + bottom) / 2
+    lines: list[list[int]] = []
+    for digit in left.argsort():
+        if bottom[digit] - top[digit] < tall / 3:
+            continue  # a dash or a dot
+        away = [abs(middle[line[-1]] - middle[digit]) for line in lines]
+        if min(away, default=tall) < tall / 2:
+            lines[np.argmin(away)].append(digit)
         else:
-            lines.append([box])
-    for line in lines:
-        line.sort(key=lambda box: box[1].start)
-    return [box for line in lines for box in line]
+            lines.append([digit])
+    if not lines:
+        raise ValueError("no digit is written on it")
+    lines.sort(key=lambda line: middle[line].mean())
+    number = np.zeros(1 + len(top), int)
+    for count, digit in enumerate(np.concatenate(lines), 1):
+        number[1 + digit] = count
+    return ndimage.maximum_filter(number[pieces], 3)  # with their soft edges
 
 
-def like_mnist(ink: Any) -> Any:
-    """The digit as LeCun et al. (1998) made them: (28, 28) from 0 to 1.
+def like_mnist(ink: np.ndarray) -> Tensor:
+    """The digit as LeCun et al. (1998) made them: (1, 28, 28) uint8.
 
     The ink fits into 20x20 pixels, and its centre of mass lies in the middle of 28x28.
     """
-    (box,) = ndimage.find_objects((ink > 0).astype(int))
-    ink = ink[box]
-    scale = 20 / max(ink.shape)
-    height, width = [max(1, round(scale * side)) for side in ink.shape]
-    small = Image.fromarray(ink).resize((width, height), Image.Resampling.BICUBIC)
-    ink = np.asarray(small).clip(0)
-    ink = np.pad(ink / ink.max(), [(0, 28 - height), (0, 28 - width)])
-    to_middle = np.subtract(14, ndimage.center_of_mass(ink))
-    return ndimage.shift(ink, np.round(to_middle), order=0)
+    height, width = ink.shape
+    side = max(height, width)
+    square = Image.fromarray(np.pad(ink, [(0, side - height), (0, side - width)]))
+    small = np.asarray(square.resize((20, 20), Image.Resampling.BICUBIC)).clip(0)
+    image = np.pad(small / small.max(), (0, 8))
+    to_middle = np.subtract(14, ndimage.center_of_mass(image))
+    image = ndimage.shift(image, np.round(to_middle), order=0)
+    return torch.from_numpy(255 * image).round().byte().unsqueeze(0)
 
 
-def read_digit(picture: Picture) -> Tensor:
-    """The picture's digit in the form of MNIST's images: (1, 28, 28) uint8.
-
-    A picture of that form stays as it is. Raises OSError for a file that is no picture
-    and ValueError for a picture without a digit, and warns of several digits.
-    """
-    grey = read_grey(picture)
-    corners = grey[::27, ::27]
-    if grey.shape != (28, 28) or corners.any() or not grey.any():
-        ink = find_ink(grey)
-        if len(find_digits(ink)) > 1:
-            warnings.warn("several digits: use predict_page for them", stacklevel=3)
-        grey = like_mnist(ink)
-    return torch.from_numpy(255 * grey).round().byte().unsqueeze(0)
-
-
-def read_page(picture: Picture) -> tuple[Tensor, list[Box]]:
+def read_page(picture: Picture, single: bool = False) -> tuple[Tensor, list[Box]]:
     """The picture's N digits, from left to right, line by line, as MNIST's images.
 
+    single: whether all of it is one digit; then several digits raise a warning.
     Returns the images (N, 1, 28, 28) uint8, and the box of each digit: its rows and
-    columns in `read_grey(picture)`. Raises as `read_digit` does.
+    columns in `read_grey(picture)`. Raises OSError for a file that is no picture and
+    ValueError for a picture without a digit.
     """
-    ink = find_ink(read_grey(picture))
-    boxes = find_digits(ink)
-    digits = np.stack([like_mnist(ink[box]) for box in boxes])
-    return torch.from_numpy(255 * digits).round().byte().unsqueeze(1), boxes
+    grey = read_grey(picture)
+    if grey.shape == (28, 28) and grey.any() and not grey[::27, ::27].any():
+        ink, digits = grey, np.ones((28, 28), int)  # light on black, as in MNIST
+    else:
+        ink, dark = find_ink(grey)
+        digits = find_digits(dark)
+    if single and digits.max() > 1:
+        warnings.warn("several digits: use predict_page for them", stacklevel=3)
+        digits = np.minimum(digits, 1)
+    digits[ink == 0] = 0
+    boxes = ndimage.find_objects(digits)
+    each = [np.where(digits[b] == i, ink[b], 0) for i, b in enumerate(boxes, 1)]
+    return torch.stack(list(map(like_mnist, each))), boxes
 
 
 def predict_digits(model: nn.Module, pictures: Any) -> tuple[Tensor, Tensor]:
@@ -204,12 +241,14 @@ def predict_digits(model: nn.Module, pictures: Any) -> tuple[Tensor, Tensor]:
 
     pictures: a list of paths, PIL images, or uint8 arrays (H, W) or (H, W, 3); or a
     uint8 array (N, 28, 28). Returns the digits (N,) int64 and the probabilities
-    (N, 10). Raises OSError or ValueError as `read_digit` does.
+    (N, 10). Raises OSError or ValueError as `read_page` does.
     """
     is_batch = isinstance(pictures, np.ndarray) and pictures.shape[1:] == (28, 28)
     if not is_batch and not isinstance(pictures, list):
         raise TypeError("pictures must be a list, or a uint8 array (N, 28, 28)")
-    images = torch.stack(list(map(read_digit, pictures)))
+    if not len(pictures):
+        raise ValueError("there are no pictures")
+    images = torch.cat([read_page(picture, single=True)[0] for picture in pictures])
     probabilities = infer(model, images).softmax(1)
     return probabilities.argmax(1), probabilities
 
@@ -220,11 +259,31 @@ def predict_page(
     """Read the N digits of a picture from left to right, line by line.
 
     Returns the digits (N,) int64, the probabilities (N, 10), and the boxes that
-    `read_page` finds. Raises as `read_digit` does.
+    `read_page` finds. Raises as `read_page` does.
     """
     images, boxes = read_page(picture)
     probabilities = infer(model, images).softmax(1)
     return probabilities.argmax(1), probabilities, boxes
+
+
+def save_answer(path: str, digits: list[int]) -> None:
+    """Write PATH_read.png: the answer at each digit, and what the network sees."""
+    from matplotlib.figure import Figure  # slow to import
+    from matplotlib.patches import Rectangle
+    from torchvision.utils import make_grid
+
+    images, boxes = read_page(path)
+    figure = Figure(figsize=(8, 10), layout="constrained")
+    page, seen = figure.subplots(2, height_ratios=(4, 1))
+    page.imshow(read_grey(path), "gray")
+    for digit, (y, x) in zip(digits, boxes, strict=True):
+        height, width = y.stop - y.start, x.stop - x.start
+        page.add_patch(
+            Rectangle((x.start, y.start), width, height, fill=False, ec="red")
+        )
+        page.text(x.start, y.start, digit, color="red")
+    seen.imshow(make_grid(images, nrow=20)[0], "gray")
+    figure.savefig(f"{Path(path).with_suffix('')}_read.png")
 
 
 def main() -> int:
@@ -239,25 +298,32 @@ def main() -> int:
     parser.add_argument(
         "--checkpoint", default=shipped, metavar="FILE", help="file of the weights"
     )
+    parser.add_argument(
+        "--show", action="store_true", help="write what was read to PICTURE_read.png"
+    )
     arguments = parser.parse_args()
     try:
-        model = load_model(arguments.checkpoint, HyperParameters())
+        model = load_model(arguments.checkpoint, device="cpu")
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        parser.error(str(error))
 
     status = 0
     for path in arguments.pictures:
         try:
             digits, probabilities, _ = predict_page(model, path)
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            if arguments.show:
+                save_answer(path, digits.tolist())
+        except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             print(f"error: {path}: {reason}", file=sys.stderr)
             status = 2
             continue
         answer = " ".join(map(str, digits.tolist()))
         least = probabilities.max(1).values.min()
-        print(f"{path}: {answer} ({100 * least:.1f}% sure)")
+        doubt = "not sure: " if least < NOT_SURE else ""
+        line = f"{path}: {doubt}{answer} ({100 * least:.1f}% sure)"
+        # A terminal may be unable to print the name.
+        print(line.encode(errors="backslashreplace").decode())
     return status
 
 
