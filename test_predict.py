@@ -47,8 +47,11 @@ def test_the_shipped_checkpoint_reads_pictures_of_every_kind(tmp_path):
     lined[::20] = np.minimum(lined[::20], 200)
     edge[:, :15] = 0
     box = np.pad(255 - pixels, 50, constant_values=255)
+    boxed = seven.copy()
+    ImageDraw.Draw(boxed).rectangle((20, 20, 180, 180), outline=60, width=3)
     pictures = {
         "grey": seven,
+        "in a box": boxed,
         "in colour": np.asarray(seven.convert("RGB")),
         "light on dark": draw(SEVEN, paper=20, pen=220),
         "faint": draw(SEVEN, pen=190),
@@ -119,7 +122,7 @@ def with_signs(picture):
 
 
 def in_grain(picture):
-    noise = np.random.default_rng(0).normal(0, 12, (400, 600))
+    noise = np.random.default_rng(0).normal(0, 25, (400, 600))
     return (np.asarray(picture) + noise).clip(0, 255).astype(np.uint8)
 
 
@@ -191,6 +194,9 @@ def test_a_page_is_read_line_by_line(page):
     digits, _, boxes = predict.predict_page(model, page)
     assert digits.tolist() == [1, 7, 7]
     assert [columns.start < 200 for _, columns in boxes] == [True, False, True]
+    broken = draw(SEVEN)
+    ImageDraw.Draw(broken).line([(0, 62), (200, 62)], 235, 4)
+    assert predict.predict_page(model, broken)[0].tolist() == [7]
     with pytest.warns(UserWarning, match="several digits"):
         predict.predict_digits(model, [page])
 
