@@ -11,6 +11,7 @@ least certain digit.
 import sys
 import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -321,11 +322,11 @@ def main() -> int:
         answer = " ".join(map(str, digits.tolist()))
         least = probabilities.max(1).values.min()
         doubt = "not sure: " if least < NOT_SURE else ""
-        line = f"{path}: {doubt}{answer} ({100 * least:.1f}% sure)"
-        # A terminal may be unable to print the name.
-        print(line.encode(errors="backslashreplace").decode())
+        print(f"{path}: {doubt}{answer} ({100 * least:.1f}% sure)")
     return status
 
 
 if __name__ == "__main__":
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names it cannot print
     sys.exit(main())

@@ -205,15 +205,21 @@ def test_one_bad_picture_does_not_stop_the_others(tmp_path):
     in_a_cell(draw([])).save(tmp_path / "empty.png")
     (tmp_path / "text.png").write_text("no picture")
     draw(SEVEN).save(tmp_path / "exif.png", exif=b"Exif\0\0garbage")
+    draw(SEVEN).save(tmp_path / "größe.png")  # not to be printed in ASCII
     draw(SEVEN).save(tmp_path / "seven.png")
     script = SCRIPT.with_name("predict.py")
-    names = ["empty.png", "text.png", "missing.png", "exif.png", "seven.png"]
-    arguments = ["--show", "--checkpoint", CHECKPOINT, *names]
-    result = run(sys.executable, script, *arguments, cwd=tmp_path)
+    names = ["empty.png", "text.png", "missing.png", "exif.png"]
+    arguments = ["--show", "--checkpoint", CHECKPOINT, *names, "größe.png", "seven.png"]
+    result = run(
+        sys.executable, script, *arguments, cwd=tmp_path, PYTHONIOENCODING="ascii"
+    )
     assert result.returncode == 2
-    assert re.fullmatch(r"seven.png: 7 \(.*% sure\)\n", result.stdout)
+    assert re.fullmatch(
+        r"gr\\xf6\\xdfe.png: 7 \(.*% sure\)\nseven.png: 7 \(.*% sure\)\n",
+        result.stdout,
+    )
     errors = [line.split(": ")[1] for line in result.stderr.splitlines()]
-    assert errors == names[:4]
+    assert errors == names
     assert Image.open(tmp_path / "seven_read.png").size == (800, 1000)
 
 
