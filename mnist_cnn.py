@@ -254,7 +254,7 @@ def infer(model: nn.Module, images: Tensor) -> Tensor:
         raise TypeError(f"images must be uint8 from 0 to 255, not {images.dtype}")
     device = next(model.parameters()).device
     model.eval()
-    # On a CPU core, 200 images at a time take less time than 1,000 (RESULTS.md).
+    # On a CPU core, 200 images at a time are faster than 1,000 (RESULTS.md).
     batches = [model(normalize(x.to(device))) for x in images.split(200)]
     return torch.cat(batches).cpu()
 
