@@ -51,9 +51,8 @@ def train_seed(params: HyperParameters) -> tuple[list[Metrics], float]:
 def seeds(params: HyperParameters, n: int) -> None:
     """Print the accuracies of n seeds, from params.random_seed on."""
     runs = [replace(params, random_seed=params.random_seed + i) for i in range(n)]
-    mnist_cnn.read_mnist(
-        params.data_dir, train=True
-    )  # downloads it once, not in every worker
+    # Every worker reads it, but it is downloaded once.
+    mnist_cnn.read_mnist(params.data_dir, train=True)
     on_cpu = mnist_cnn.pick_device(params.device).type == "cpu"
     num_workers = torch.get_num_threads() if on_cpu else 1
     ignore_ctrl_c = (signal.SIGINT, signal.SIG_IGN)  # it stops the main process
@@ -66,7 +65,8 @@ def seeds(params: HyperParameters, n: int) -> None:
             chosen.append(best)
             last.append(history[-1])
             print(
-                f"Seed {run.random_seed}, {seconds:.0f} s, epoch {best['epoch']} -",
+                f"Seed {run.random_seed}, {seconds:.0f} s,",
+                f"best epoch {best['epoch']} -",
                 mnist_cnn.EPOCH_LINE.format(**best),
                 flush=True,
             )
