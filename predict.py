@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from scipy import ndimage
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from mnist_cnn import CHECKPOINT, infer, load_model
@@ -88,10 +87,9 @@ def find_lines(dark: np.ndarray) -> np.ndarray:
     for slope in np.linspace(-0.12, 0.12, 73):  # up to 7 degrees
         line = np.rint(rows - slope * columns).astype(int)
         line -= line.min(initial=0)
-        is_long = np.bincount(line, minlength=1) > 0.6 * dark.shape[1]
-        if np.ptp(np.append(is_long.argmax(), is_long.nonzero())) > 2 * thick:
-            found = is_long[line]
-            lines[rows[found], columns[found]] = True
+        long = np.flatnonzero(np.bincount(line) > 0.6 * dark.shape[1])
+        if long.size and np.ptp(long) > 2 * thick:
+            lines[rows, columns] |= np.isin(line, long)
     return lines
 
 
@@ -101,9 +99,10 @@ def find_ink(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Both are (H, W), the first one from 0 (paper) to 1 (black), the other one bool.
     Raises ValueError if nothing is written there.
     """
-    beyond = np.pad(grey, 1 + min(grey.shape) // 2, "edge")
-    around = ndimage.uniform_filter(beyond, 1 + min(grey.shape) // 2)
-    if ((beyond - around) ** 3).sum() > 0:  # what stands out is lighter than the paper
+    side = 1 + min(grey.shape) // 2
+    beyond = np.pad(grey, side, "edge")
+    contrast = beyond - ndimage.uniform_filter(beyond, side)
+    if (contrast**3).sum() > 0:  # what stands out is lighter than the paper
         grey = 1 - grey
     ink = 1 - (grey + 0.02) / (find_paper(grey) + 0.02)
     ink = ndimage.gaussian_filter(ink, min(grey.shape) / SIDE)
@@ -120,11 +119,9 @@ def find_ink(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     # A solid patch is a sheet, a card or a screen, and the digits are on it.
     pieces, _ = ndimage.label(dark, NEIGHBOURS)
-    patch = pieces == np.bincount(pieces[dark], minlength=1).argmax()
+    patch = pieces == np.bincount(pieces[dark]).argmax()
     (box,) = ndimage.find_objects(patch.astype(int))
-    height, width = patch[box].shape
-    is_solid = patch[box].mean() > 0.7 and 0.4 < height / width < 2.5
-    if is_solid and 0.1 < height * width / dark.size < 0.9:
+    if patch[box].mean() > 0.7 and 0.1 < patch.mean() < 0.9:
         ink[box], dark[box] = find_ink(grey[box])
         patch = ndimage.binary_fill_holes(patch)
         dark &= ndimage.binary_erosion(patch, NEIGHBOURS, 1 + min(dark.shape) // 75)
@@ -134,33 +131,8 @@ def find_ink(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def find_sides(pieces: np.ndarray) -> np.ndarray:
     """The sides of N numbered pieces: top, bottom, left and right, (4, N) int."""
     boxes = ndimage.find_objects(pieces)
-    return np.array([(y.start, y.stop, x.start, x.stop) for y, x in boxes]).T
-
-
-def find_pieces(dark: np.ndarray) -> tuple[np.ndarray, float]:
-    """Number the pieces of ink that may be a part of a digit, and how tall one is.
-
-    Raises ValueError if there are none.
-    """
-    pieces, _ = ndimage.label(dark, NEIGHBOURS)
-    top, bottom, left, right = find_sides(pieces)
-    size = np.maximum(bottom - top, right - left)
-    ink = np.bincount(pieces.flat)[1:]
-    # What has other ink inside is a box, a table or the outline of the sheet.
-    is_frame = [dark[box].sum() for box in ndimage.find_objects(pieces)] > 1.3 * ink
-    # What the picture's edge cuts is no digit either, unless there is little else.
-    height, width = dark.shape
-    at_edge = (top == 0) | (left == 0) | (bottom == height) | (right == width)
-    # Half of the ink is in pieces of this size or less.
-    weight = 1 + ink // np.where(at_edge, 50, 1)
-    tall = np.median(size.repeat(weight))
-    if tall < max(8, min(dark.shape) / 40):
-        raise ValueError("nothing is written on it, or it is too small: crop it")
-    # What is smaller is dirt, and what is larger is a drawing or a shadow.
-    used = (size > 0.1 * tall) & (size < 2 * tall) & ~is_frame
-    if (used & ~at_edge).any():
-        used &= ~at_edge
-    return np.append(0, used.cumsum() * used)[pieces], tall
+    sides = [(y.start, y.stop, x.start, x.stop) for y, x in boxes]
+    return np.array(sides, int).reshape(-1, 4).T
 
 
 def find_digits(dark: np.ndarray) -> np.ndarray:
@@ -168,15 +140,31 @@ def find_digits(dark: np.ndarray) -> np.ndarray:
 
     Raises ValueError if there are none.
     """
-    pieces, tall = find_pieces(dark)
-    # A piece that is less tall belongs to what is very near to it.
+    pieces, _ = ndimage.label(dark, NEIGHBOURS)
     top, bottom, left, right = find_sides(pieces)
-    gap_across = np.maximum.outer(left, left) - np.minimum.outer(right, right)
-    gap_down = np.maximum.outer(top, top) - np.minimum.outer(bottom, bottom)
-    is_near = np.maximum(gap_across, gap_down) < tall / 10
-    is_small = bottom - top < 0.6 * tall
-    _, digit = connected_components(is_near & np.logical_or.outer(is_small, is_small))
-    pieces = np.append(0, 1 + digit)[pieces]
+    size = np.maximum(bottom - top, right - left)
+    height, width = dark.shape
+    at_edge = (top == 0) | (left == 0) | (bottom == height) | (right == width)
+    # Half of the ink is in pieces of this size or less. At the edge it counts little.
+    ink = np.bincount(pieces.flat)[1:]
+    tall = np.median(size.repeat(1 + ink // np.where(at_edge, 50, 1)))
+    if tall < 8:
+        raise ValueError("nothing is written on it, or it is too small: crop it")
+    # What is smaller is dirt, and what is larger is a drawing or a shadow.
+    used = (size > 0.1 * tall) & (size < 2 * tall)
+    # What has other ink inside is a box.
+    for i, box in enumerate(ndimage.find_objects(pieces)):
+        inside = ndimage.binary_fill_holes(pieces[box] == i + 1)
+        used[i] &= dark[box][inside].sum() < 1.3 * ink[i]
+    # What the picture's edge cuts is no digit either, unless there is nothing else.
+    if (used & ~at_edge).any():
+        used &= ~at_edge
+    dark = np.append(False, used)[pieces]
+
+    # A piece that is less tall than a digit belongs to what is very near to it.
+    is_small = np.append(False, used & (bottom - top < 0.6 * tall))
+    near = ndimage.maximum_filter(is_small[pieces], 1 + int(tall / 8))
+    pieces = ndimage.label(dark | near, NEIGHBOURS)[0] * dark
 
     # A digit continues the line whose last digit is beside it, so lines may slant.
     top, bottom, left, right = find_sides(pieces)
@@ -196,7 +184,7 @@ def find_digits(dark: np.ndarray) -> np.ndarray:
     number = np.zeros(1 + len(top), int)
     for count, digit in enumerate(np.concatenate(lines), 1):
         number[1 + digit] = count
-    return ndimage.maximum_filter(number[pieces], 3)  # with their soft edges
+    return number[pieces]
 
 
 def like_mnist(ink: np.ndarray) -> Tensor:
@@ -224,14 +212,13 @@ def read_page(picture: Picture, single: bool = False) -> tuple[Tensor, list[Box]
     """
     grey = read_grey(picture)
     if grey.shape == (28, 28) and grey.any() and not grey[::27, ::27].any():
-        ink, digits = grey, np.ones((28, 28), int)  # light on black, as in MNIST
+        ink, digits = grey, (grey > 0).astype(int)  # light on black, as in MNIST
     else:
         ink, dark = find_ink(grey)
         digits = find_digits(dark)
     if single and digits.max() > 1:
         warnings.warn("several digits: use predict_page for them", stacklevel=3)
         digits = np.minimum(digits, 1)
-    digits[ink == 0] = 0
     boxes = ndimage.find_objects(digits)
     each = [np.where(digits[b] == i, ink[b], 0) for i, b in enumerate(boxes, 1)]
     return torch.stack(list(map(like_mnist, each))), boxes
