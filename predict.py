@@ -81,7 +81,7 @@ def find_lines(dark: np.ndarray) -> np.ndarray:
     stroke crosses one, the stroke is no part of it.
     """
     thick = 1 + min(dark.shape) // 25
-    thin = dark & ~ndimage.binary_opening(dark, np.ones((thick, 1)))
+    thin = dark & ~ndimage.grey_opening(dark, (thick, 1))
     rows, columns = thin.nonzero()
     lines = np.zeros_like(dark)
     for slope in np.linspace(-0.12, 0.12, 73):  # up to 7 degrees
@@ -102,7 +102,7 @@ def find_ink(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     side = 1 + min(grey.shape) // 2
     beyond = np.pad(grey, side, "edge")
     contrast = beyond - ndimage.uniform_filter(beyond, side)
-    if (contrast**3).sum() > 0:  # what stands out is lighter than the paper
+    if (contrast * contrast**2).sum() > 0:  # what stands out is lighter than the paper
         grey = 1 - grey
     ink = 1 - (grey + 0.02) / (find_paper(grey) + 0.02)
     ink = ndimage.gaussian_filter(ink, min(grey.shape) / SIDE)
