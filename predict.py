@@ -159,7 +159,8 @@ def find_digits(dark: np.ndarray) -> np.ndarray:
     at_edge = (top == 0) | (left == 0) | (bottom == height) | (right == width)
     # Half of the ink is in pieces of this size or less. At the edge it counts little.
     ink = np.bincount(pieces.flat)[1:]
-    tall = np.median(size.repeat(1 + ink // np.where(at_edge, 50, 1)))
+    weight = 1 + ink // np.where(at_edge, 50, 1)
+    tall = np.median(np.append(0, size.repeat(weight)))
     if tall < max(8, min(dark.shape) / 40):
         raise ValueError("nothing is written on it, or it is too small: crop it")
     # What is smaller is dirt, and what is larger is a drawing or a shadow.

@@ -47,11 +47,14 @@ def test_the_shipped_checkpoint_reads_pictures_of_every_kind(tmp_path):
     lined[::20] = np.minimum(lined[::20], 200)
     edge[:, :15] = 0
     box = np.pad(255 - pixels, 50, constant_values=255)
+    fading = seven.copy()
+    ImageDraw.Draw(fading).line(SEVEN[1:], 155, 14)
     boxed = seven.copy()
     ImageDraw.Draw(boxed).rectangle((20, 20, 180, 180), outline=60, width=3)
     pictures = {
         "grey": seven,
         "in a box": boxed,
+        "with a fading stroke": fading,
         "in colour": np.asarray(seven.convert("RGB")),
         "light on dark": draw(SEVEN, paper=20, pen=220),
         "faint": draw(SEVEN, pen=190),
@@ -113,9 +116,10 @@ def framed(picture):
 
 
 def with_signs(picture):
-    """A minus, an equals sign and a colon stand between the digits."""
+    """A minus, an equals sign, a colon and a long line stand between the digits."""
     signs = picture.copy()
     pen = ImageDraw.Draw(signs)
+    pen.line([(420, 10), (420, 390)], 30, 10)
     for y in (290, 260, 320):
         pen.line([(280, y), (340, y)], 30, 10)
     for y in (60, 130):
@@ -142,6 +146,15 @@ def test_a_page_of_every_kind_is_read(page):
 def test_nothing_is_read_on_a_blank_sheet(kind):
     with pytest.raises(ValueError, match="written"):
         predict.read_page(kind(Image.new("L", (600, 400), 235)))
+
+
+def test_the_rim_of_a_sheet_is_no_writing():
+    table = Image.new("L", (400, 400), 90)
+    sheet = ImageDraw.Draw(table)
+    sheet.rectangle((100, 100, 300, 300), 235)
+    sheet.line([(103, 150), (103, 250)], 90, 2)
+    with pytest.raises(ValueError, match="written"):
+        predict.read_page(table)
 
 
 @pytest.mark.parametrize("size, at", [(28, (9, 9)), (14, (0, 14))])
@@ -201,6 +214,14 @@ def test_a_page_is_read_line_by_line(page):
     assert predict.predict_page(model, broken)[0].tolist() == [7]
     with pytest.warns(UserWarning, match="several digits"):
         predict.predict_digits(model, [page])
+
+
+def test_a_line_may_slant():
+    page = Image.new("L", (1000, 500), 235)
+    for i, strokes in enumerate((ONE, ONE, ONE, SEVEN, SEVEN, SEVEN)):
+        page.paste(draw(strokes), (150 * i, 250 - 40 * i))
+    digits, _, _ = predict.predict_page(load_model(CHECKPOINT), page)
+    assert digits.tolist() == [1, 1, 1, 7, 7, 7]
 
 
 def test_one_bad_picture_does_not_stop_the_others(tmp_path):
