@@ -130,9 +130,8 @@ def images_per_second(loop: Any, params: HyperParameters) -> float:
 def speed(params: HyperParameters) -> None:
     """Time both loops nine times in turn, each time in a new process.
 
-    Where glibc lays the memory of a process, and what else the machine does, slow down
-    the plain loop by up to a factor of three (RESULTS.md). The fastest rounds do not
-    jump like that.
+    The speed of the plain loop may differ by a factor of three from process to process
+    (RESULTS.md). The fastest rounds differ less.
     """
     device, threads = mnist_cnn.pick_device(params.device), torch.get_num_threads()
     print(f"torch {torch.__version__}, {device}, {threads} threads")

@@ -36,22 +36,22 @@ NOT_SURE = 0.97  # see RESULTS.md for how often an answer below it is wrong
 def read_grey(picture: Picture) -> np.ndarray:
     """The picture as if on white paper: (H, W) float32 from 0 (black) to 1 (white).
 
-    Raises OSError for a file that is no picture, and TypeError.
+    Raises OSError for a file that is no picture, and TypeError for anything else.
     """
-    if isinstance(picture, str | Path):
-        try:
-            picture = Image.open(picture)
-            picture.draft("RGB", (SIDE, SIDE))  # decodes a large JPEG much faster
-            picture = ImageOps.exif_transpose(picture)  # photos may lie on their side
-        except Exception as error:  # a damaged file can raise nearly any of them
-            if getattr(error, "strerror", None):
-                raise  # there is no such file
-            advice = "export it as a JPEG or PNG of less than 89 megapixels"
-            raise OSError(f"{error}; {advice}") from error
     if isinstance(picture, np.ndarray) and picture.dtype == np.uint8:
         picture = Image.fromarray(picture)
-    if not isinstance(picture, Image.Image):
+    if not isinstance(picture, str | Path | Image.Image):
         raise TypeError("a picture is a path, a PIL image or a uint8 array (H, W)")
+    try:
+        if not isinstance(picture, Image.Image):
+            picture = Image.open(picture)
+            picture.draft("RGB", (SIDE, SIDE))  # decodes a large JPEG much faster
+        picture = ImageOps.exif_transpose(picture)  # photos may lie on their side
+    except Exception as error:  # a damaged file can raise nearly any of them
+        if getattr(error, "strerror", None):
+            raise  # no such file, no permission: the message says so
+        advice = "export it as a JPEG or PNG of less than 89 megapixels"
+        raise OSError(f"{error}; {advice}") from error
     shrink = max(1, round(min(picture.size) / SIDE))
     if picture.mode[0] in "IF":  # one channel of more than 8 bits
         values = np.asarray(picture.convert("F").reduce(shrink))
@@ -66,8 +66,8 @@ def find_paper(grey: np.ndarray) -> np.ndarray:
     """The brightness that the paper has, or would have without the ink: (H, W)."""
     # The mean of a block is free of the grain of the paper, which is no ink.
     small = np.asarray(Image.fromarray(grey).reduce(1 + min(grey.shape) // 75))
-    # The closing fills strokes, but no shadow: beyond its edge the picture goes on as
-    # it is there, so a dark corner and the table under the paper are paper as well.
+    # The closing removes dark things that are narrower than half of the picture. It is
+    # continued beyond its edge, so a dark corner and the table count as wide: as paper.
     reach = 1 + min(small.shape) // 4
     paper = ndimage.grey_closing(np.pad(small, reach, "edge"), 2 * reach)
     paper = Image.fromarray(paper[reach:-reach, reach:-reach])
@@ -102,11 +102,13 @@ def find_ink(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     side = 1 + min(grey.shape) // 2
     beyond = np.pad(grey, side, "edge")
     contrast = beyond - ndimage.uniform_filter(beyond, side)
-    if (contrast * contrast**2).sum() > 0:  # what stands out is lighter than the paper
-        grey = 1 - grey
+    if (contrast * contrast**2).sum() > 0:  # contrast**3 would be slow
+        grey = 1 - grey  # what stands out is lighter than the paper
     ink = 1 - (grey + 0.02) / (find_paper(grey) + 0.02)
     ink = ndimage.gaussian_filter(ink, min(grey.shape) / SIDE)
-    # The standard deviation of bare paper, also where most of the picture is ink.
+    if ink.max() < 0.1:
+        raise ValueError("nothing is written on it")
+    # About the standard deviation of bare paper. With much ink, it is higher.
     grain = 2.6 * np.quantile(abs(ink), 0.3)
     # A stroke ends where it is half as dark as ink usually is. What is a little fainter
     # is ink as well if it is connected with a stroke. Both stand out from the grain.
@@ -114,14 +116,16 @@ def find_ink(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     faint = ink > max(0.3 * usual, 6 * grain)
     faint &= ~(find_lines(faint) | find_lines(faint.T).T)
     dark = ndimage.binary_propagation(faint & (ink > usual / 2), NEIGHBOURS, faint)
-    if ink.max() < 0.1 or not dark.any():
-        raise ValueError("nothing is written on it")
+    if not dark.any():
+        raise ValueError("nothing is written on it, or it is too faint")
 
     # A solid patch is a sheet, a card or a screen, and the digits are on it.
     pieces, _ = ndimage.label(dark, NEIGHBOURS)
     patch = pieces == np.bincount(pieces[dark]).argmax()
     (box,) = ndimage.find_objects(patch.astype(int))
-    if patch[box].mean() > 0.7 and 0.1 < patch.mean() < 0.9:
+    height, width = patch[box].shape
+    is_solid = patch[box].mean() > 0.7 and 0.4 < height / width < 2.5
+    if is_solid and patch.mean() > 0.1:
         ink[box], dark[box] = find_ink(grey[box])
         patch = ndimage.binary_fill_holes(patch)
         dark &= ndimage.binary_erosion(patch, NEIGHBOURS, 1 + min(dark.shape) // 75)
@@ -159,7 +163,7 @@ def find_digits(dark: np.ndarray) -> np.ndarray:
     at_edge = (top == 0) | (left == 0) | (bottom == height) | (right == width)
     # Half of the ink is in pieces of this size or less. At the edge it counts little.
     ink = np.bincount(pieces.flat)[1:]
-    weight = 1 + ink // np.where(at_edge, 50, 1)
+    weight = ink // np.where(at_edge, 50, 1)
     tall = np.median(np.append(0, size.repeat(weight)))
     if tall < max(8, min(dark.shape) / 40):
         raise ValueError("nothing is written on it, or it is too small: crop it")
@@ -191,8 +195,8 @@ def find_digits(dark: np.ndarray) -> np.ndarray:
         raise ValueError("no digit is written on it")
     lines.sort(key=lambda line: middle[line].mean())
     number = np.zeros(1 + len(top), int)
-    for count, digit in enumerate(np.concatenate(lines), 1):
-        number[1 + digit] = count
+    order = np.concatenate(lines)
+    number[1 + order] = 1 + np.arange(len(order))
     return number[pieces]
 
 
@@ -264,7 +268,7 @@ def predict_page(
 
 
 def save_answer(path: str, digits: list[int]) -> None:
-    """Write PATH_read.png: the answer at each digit, and what the network sees."""
+    """Write seven_read.png for seven.jpg: the answers, and what the network sees."""
     from matplotlib.figure import Figure  # slow to import
     from matplotlib.patches import Rectangle
     from torchvision.utils import make_grid
@@ -308,17 +312,16 @@ def main() -> int:
     for path in arguments.pictures:
         try:
             digits, probabilities, _ = predict_page(model, path)
+            answer = " ".join(map(str, digits.tolist()))
+            least = probabilities.max(1).values.min()
+            doubt = "not sure: " if least < NOT_SURE else ""
+            print(f"{path}: {doubt}{answer} ({100 * least:.1f}% sure)")
             if arguments.show:
                 save_answer(path, digits.tolist())
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             print(f"error: {path}: {reason}", file=sys.stderr)
             status = 2
-            continue
-        answer = " ".join(map(str, digits.tolist()))
-        least = probabilities.max(1).values.min()
-        doubt = "not sure: " if least < NOT_SURE else ""
-        print(f"{path}: {doubt}{answer} ({100 * least:.1f}% sure)")
     return status
 
 

@@ -82,12 +82,14 @@ def test_the_digit_is_fitted_like_those_of_mnist():
     assert (predict.read_page(image)[0][0, 0].numpy() == image).all()
 
 
-def test_a_bold_digit_that_fills_its_picture_is_not_taken_for_light_on_dark():
+def test_a_bold_digit_that_fills_its_picture_is_neither_paper_nor_a_sheet():
     zero = Image.new("L", (124, 164), 235)
     ImageDraw.Draw(zero).ellipse((2, 2, 122, 162), outline=30, width=30)
+    one = Image.new("L", (60, 160), 235)
+    ImageDraw.Draw(one).rectangle((20, 10, 40, 150), 30)
     model = load_model(CHECKPOINT)
-    digits, _ = predict.predict_digits(model, [zero])
-    assert digits.tolist() == [0]
+    digits, _ = predict.predict_digits(model, [zero, one])
+    assert digits.tolist() == [0, 1]
 
 
 def on_squared_paper(picture):
