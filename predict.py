@@ -163,7 +163,7 @@ def find_digits(dark: np.ndarray) -> np.ndarray:
     at_edge = (top == 0) | (left == 0) | (bottom == height) | (right == width)
     # Half of the ink is in pieces of this size or less. At the edge it counts little.
     ink = np.bincount(pieces.flat)[1:]
-    weight = ink // np.where(at_edge, 50, 1)
+    weight = 1 + ink // np.where(at_edge, 50, 1)
     tall = np.median(np.append(0, size.repeat(weight)))
     if tall < max(8, min(dark.shape) / 40):
         raise ValueError("nothing is written on it, or it is too small: crop it")
