@@ -267,13 +267,12 @@ def predict_page(
     return probabilities.argmax(1), probabilities, boxes
 
 
-def save_answer(path: str, digits: list[int]) -> None:
+def save_answer(path: str, images: Tensor, boxes: list[Box], digits: list[int]) -> None:
     """Write seven_read.png for seven.jpg: the answers, and what the network sees."""
     from matplotlib.figure import Figure  # slow to import
     from matplotlib.patches import Rectangle
     from torchvision.utils import make_grid
 
-    images, boxes = read_page(path)
     figure = Figure(figsize=(8, 10), layout="constrained")
     page, seen = figure.subplots(2, height_ratios=(4, 1))
     page.imshow(read_grey(path), "gray")
@@ -311,13 +310,14 @@ def main() -> int:
     status = 0
     for path in arguments.pictures:
         try:
-            digits, probabilities, _ = predict_page(model, path)
+            images, boxes = read_page(path)
+            certainty, digits = infer(model, images).softmax(1).max(1)
             answer = " ".join(map(str, digits.tolist()))
-            least = probabilities.max(1).values.min()
+            least = certainty.min()
             doubt = "not sure: " if least < NOT_SURE else ""
             print(f"{path}: {doubt}{answer} ({100 * least:.1f}% sure)")
             if arguments.show:
-                save_answer(path, digits.tolist())
+                save_answer(path, images, boxes, digits.tolist())
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             print(f"error: {path}: {reason}", file=sys.stderr)
