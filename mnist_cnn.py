@@ -77,7 +77,9 @@ class HyperParameters:
     augmentation: float = setting(
         1.0, "its strength in epoch e of n is this times min(1, 2 - 2e/n)", 0, 4
     )
-    validation_size: int = setting(5_000, "images held out to choose the epoch", 1)
+    validation_size: int = setting(
+        5_000, "images held out to choose the epoch", 1, 59_999
+    )
     device: str = setting("auto", "cpu, cuda, ...; auto takes a GPU if there is one")
     precision: str = setting("auto", "float32; auto: bfloat16 on a CPU that has it")
     data_dir: str = setting(
@@ -116,7 +118,7 @@ Split = tuple[Tensor, Tensor]  # images (N, 1, 28, 28) uint8, labels (N,) int64
 def read_mnist(data_dir: str, train: bool) -> Split:
     """The 60,000 training or the 10,000 test images, downloaded if they are not there.
 
-    Raises OSError if they cannot be had, and ValueError for labels above 9.
+    Raises OSError if they cannot be had.
     """
     from torchvision.datasets import MNIST
 
@@ -129,22 +131,12 @@ def read_mnist(data_dir: str, train: bool) -> Split:
             f"It takes four files there: {names}. Delete what is damaged, or choose "
             f"another folder with --data-dir or MNIST_DATA_DIR. {error}"
         ) from error
-    if dataset.targets.max() > 9:
-        raise ValueError(
-            f"{data_dir}/MNIST/raw has a label {dataset.targets.max()}, "
-            "but TinyCNN tells ten classes apart, 0 to 9"
-        )
     return dataset.data.unsqueeze(1), dataset.targets
 
 
 def split_mnist(params: HyperParameters, device: torch.device) -> list[Split]:
     """Training, validation and test split, which do not depend on the random seed."""
     images, labels = read_mnist(params.data_dir, train=True)
-    if params.validation_size >= len(images):
-        raise ValueError(
-            f"validation_size is {params.validation_size}, which leaves none of the "
-            f"{len(images)} images in {params.data_dir}/MNIST/raw to train on"
-        )
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     held_out, rest = order.tensor_split([params.validation_size])
     splits = [(images[part], labels[part]) for part in (rest, held_out)]
@@ -524,7 +516,7 @@ def train_model(
 
 def check_path(name: str | Path) -> Path:
     """The path of a checkpoint, whose folder is made. Raises OSError for a folder."""
-    path = Path(name).expanduser()
+    path = Path(name)
     if str(name).endswith("/") or (path.exists() and not path.is_file()):
         raise OSError(f"{name} is not the name of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -537,10 +529,7 @@ def write_tensors(content: dict[str, Any], path: Path) -> None:
     torch.save(content, buffer)
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut could empty both files
+        temporary.write_bytes(buffer.getbuffer())
         temporary.replace(path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
@@ -550,7 +539,7 @@ def write_tensors(content: dict[str, Any], path: Path) -> None:
 
 def read_tensors(path: str | Path) -> dict[str, Any]:
     """torch.load, but it never runs code that a stranger put into the file."""
-    content = BytesIO(Path(path).expanduser().read_bytes())
+    content = BytesIO(Path(path).read_bytes())
     try:
         return torch.load(content, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise almost anything
@@ -676,11 +665,7 @@ def parse_flags(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument(
         "--evaluate", action="store_true", help="test the saved weights"
     )
-    parser.add_argument(
-        "--checkpoint",
-        type=os.path.expanduser,
-        help=f"weights file (default: {CHECKPOINT})",
-    )
+    parser.add_argument("--checkpoint", help=f"weights file (default: {CHECKPOINT})")
     for f in fields(HyperParameters):
         explanation = f"{f.metadata['help']} (default: {f.default})"
         flag = f"--{f.name.replace('_', '-')}"
@@ -701,24 +686,13 @@ def join_processes(params: HyperParameters) -> None:
     Raises ValueError if there are fewer GPUs than processes.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if pick_device(params.device).type != "cpu":
-        if torch.accelerator.device_count() <= local_rank:
-            raise ValueError("fewer GPUs than processes; --device cpu needs none")
-        torch.accelerator.set_device_index(local_rank)
+    kind = pick_device(params.device).type
+    if kind != "cpu":
+        torch.accelerator.set_device_index(pick_device(f"{kind}:{local_rank}"))
     dist.init_process_group()
     if local_rank == 0:
         read_mnist(params.data_dir, train=True)  # one process downloads, others wait
     dist.barrier()
-
-
-def report(model: TinyCNN, data_dir: str, stem: str) -> None:
-    """Print the test accuracy and draw the mistakes."""
-    images, labels = read_mnist(data_dir, train=False)
-    logits = infer(model, images)
-    correct = logits.argmax(1) == labels
-    print(f"Current test accuracy: {100 * correct.double().mean():.2f}%")
-    plot_mistakes(images, labels, logits).savefig(f"{stem}_mistakes.png")
-    print(f"The mistakes are drawn in {stem}_mistakes.png")
 
 
 def main() -> int:
@@ -730,22 +704,26 @@ def main() -> int:
     stem = checkpoint.removesuffix(".pth")
     try:
         params = HyperParameters(**flags)
-        if evaluate:
-            model = load_model(checkpoint, params.device)
-            report(model, params.data_dir, stem)
-            return 0
-
         if WORLD_SIZE > 1:
             join_processes(params)
-        model, history = train_model(params, checkpoint, resume)
+        if not evaluate:
+            _, history = train_model(params, checkpoint, resume)
         if WORLD_SIZE > 1:
             dist.destroy_process_group()
-        if RANK == 0:
+        if RANK > 0:
+            return 0
+
+        if not evaluate:
             Path(f"{stem}_history.json").write_text(json.dumps(history))
             plot_history(history).savefig(f"{stem}_curves.png")
             print(f"The curves are drawn in {stem}_curves.png")
             print("Evaluating saved best model:")
-            report(model, params.data_dir, stem)
+        model, _ = load_and_evaluate_model(checkpoint, params)
+        images, labels = read_mnist(params.data_dir, train=False)
+        mistakes = plot_mistakes(images, labels, infer(model, images))
+        mistakes.savefig(f"{stem}_mistakes.png")
+        print(f"The mistakes are drawn in {stem}_mistakes.png")
+        if not evaluate:
             Path(f"{checkpoint}.resume").unlink()  # last, so that nothing is missing
     except (OSError, ValueError, FloatingPointError) as error:
         print("error:", textwrap.shorten(str(error), 500), file=sys.stderr)
