@@ -9,7 +9,6 @@ least certain digit.
 """
 
 import sys
-import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from io import TextIOWrapper
 from pathlib import Path
@@ -47,19 +46,17 @@ def read_grey(picture: Picture) -> np.ndarray:
             picture = Image.open(picture)
             picture.draft("RGB", (SIDE, SIDE))  # decodes a large JPEG much faster
         picture = ImageOps.exif_transpose(picture)  # photos may lie on their side
+        picture = picture.convert("RGBA")
     except Exception as error:  # a damaged file can raise nearly any of them
         if getattr(error, "strerror", None):
             raise  # no such file, no permission: the message says so
         advice = "export it as a JPEG or PNG of less than 89 megapixels"
         raise OSError(f"{error}; {advice}") from error
     shrink = max(1, round(min(picture.size) / SIDE))
-    if picture.mode[0] in "IF":  # one channel of more than 8 bits
-        values = np.asarray(picture.convert("F").reduce(shrink))
-        return values / max(255, values.max())
-    rgba = np.asarray(picture.convert("RGBA").reduce(shrink), np.float32) / 255
-    grey = rgba[..., :3].mean(axis=2)
-    alpha = rgba[..., 3]
-    return 1 - alpha * (1 - grey)
+    picture = picture.reduce(shrink)
+    paper = Image.new("RGBA", picture.size, "white")
+    paper.alpha_composite(picture)
+    return np.asarray(paper.convert("L"), np.float32) / 255
 
 
 def find_paper(grey: np.ndarray) -> np.ndarray:
@@ -100,14 +97,12 @@ def find_ink(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Raises ValueError if nothing is written there.
     """
     side = 1 + min(grey.shape) // 2
-    beyond = np.pad(grey, side, "edge")
-    contrast = beyond - ndimage.uniform_filter(beyond, side)
+    contrast = grey - ndimage.uniform_filter(grey, side)
     if (contrast * contrast**2).sum() > 0:  # contrast**3 would be slow
         grey = 1 - grey  # what stands out is lighter than the paper
     ink = 1 - (grey + 0.02) / (find_paper(grey) + 0.02)
     ink = ndimage.gaussian_filter(ink, min(grey.shape) / SIDE)
-    if ink.max() < 0.1:
-        raise ValueError("nothing is written on it")
+    ink -= np.quantile(ink, 0.3)  # bare paper, which may be covered with much ink
     # About the standard deviation of bare paper. With much ink, it is higher.
     grain = 2.6 * np.quantile(abs(ink), 0.3)
     # A stroke ends where it is half as dark as ink usually is. What is a little fainter
@@ -116,7 +111,7 @@ def find_ink(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     faint = ink > max(0.3 * usual, 6 * grain)
     faint &= ~(find_lines(faint) | find_lines(faint.T).T)
     dark = ndimage.binary_propagation(faint & (ink > usual / 2), NEIGHBOURS, faint)
-    if not dark.any():
+    if usual < 0.15 or not dark.any():
         raise ValueError("nothing is written on it, or it is too faint")
 
     # A solid patch is a sheet, a card or a screen, and the digits are on it.
@@ -151,10 +146,10 @@ def erase_boxes(dark: np.ndarray) -> np.ndarray:
     return digits
 
 
-def find_digits(dark: np.ndarray) -> np.ndarray:
-    """Number the digits from 1 in reading order: (H, W) int, 0 where there is none.
+def find_digits(dark: np.ndarray) -> tuple[np.ndarray, list[int]]:
+    """Number the pieces of ink from 1, (H, W) int, and list the digits among them.
 
-    Raises ValueError if there are none.
+    The digits are in reading order. Raises ValueError if there are none.
     """
     pieces, _ = ndimage.label(erase_boxes(dark), NEIGHBOURS)
     top, bottom, left, right = find_sides(pieces)
@@ -169,9 +164,9 @@ def find_digits(dark: np.ndarray) -> np.ndarray:
         raise ValueError("nothing is written on it, or it is too small: crop it")
     # What is smaller is dirt, and what is larger is a drawing or a shadow.
     used = (size > 0.1 * tall) & (size < 2 * tall)
-    # What the picture's edge cuts is no digit either, unless there is nothing else.
+    # At the edge it must be as large as a digit, unless there is nothing else.
     if (used & ~at_edge).any():
-        used &= ~at_edge
+        used &= ~at_edge | (abs(size - tall) < 0.3 * tall)
     dark = np.append(False, used)[pieces]
 
     # A piece that is less tall than a digit belongs to what is very near to it.
@@ -194,10 +189,7 @@ def find_digits(dark: np.ndarray) -> np.ndarray:
     if not lines:
         raise ValueError("no digit is written on it")
     lines.sort(key=lambda line: middle[line].mean())
-    number = np.zeros(1 + len(top), int)
-    order = np.concatenate(lines)
-    number[1 + order] = 1 + np.arange(len(order))
-    return number[pieces]
+    return pieces, [1 + digit for line in lines for digit in line]
 
 
 def like_mnist(ink: np.ndarray) -> Tensor:
@@ -209,32 +201,31 @@ def like_mnist(ink: np.ndarray) -> Tensor:
     side = max(height, width)
     square = Image.fromarray(np.pad(ink, [(0, side - height), (0, side - width)]))
     small = np.asarray(square.resize((20, 20), Image.Resampling.BICUBIC)).clip(0)
-    image = np.pad(small / small.max(), (0, 8))
-    to_middle = np.subtract(14, ndimage.center_of_mass(image))
-    image = ndimage.shift(image, np.round(to_middle), order=0)
-    return torch.from_numpy(255 * image).round().byte().unsqueeze(0)
+    y, x = 14 + np.rint(ndimage.center_of_mass(small)).astype(int)
+    image = np.pad(255 * small / small.max(), 28)[y : y + 28, x : x + 28]
+    return torch.from_numpy(image).round().byte().unsqueeze(0)
 
 
-def read_page(picture: Picture, single: bool = False) -> tuple[Tensor, list[Box]]:
+def read_page(picture: Picture) -> tuple[Tensor, list[Box]]:
     """The picture's N digits, from left to right, line by line, as MNIST's images.
 
-    single: whether all of it is one digit; then several digits raise a warning.
     Returns the images (N, 1, 28, 28) uint8, and the box of each digit: its rows and
     columns in `read_grey(picture)`. Raises OSError for a file that is no picture and
     ValueError for a picture without a digit.
     """
     grey = read_grey(picture)
     if grey.shape == (28, 28) and grey.any() and not grey[::27, ::27].any():
-        ink, digits = grey, (grey > 0).astype(int)  # light on black, as in MNIST
+        ink, pieces, digits = grey, (grey > 0).astype(int), [1]  # MNIST's form
     else:
         ink, dark = find_ink(grey)
-        digits = find_digits(dark)
-    if single and digits.max() > 1:
-        warnings.warn("several digits: use predict_page for them", stacklevel=3)
-        digits = np.minimum(digits, 1)
-    boxes = ndimage.find_objects(digits)
-    each = [np.where(digits[b] == i, ink[b], 0) for i, b in enumerate(boxes, 1)]
-    return torch.stack(list(map(like_mnist, each))), boxes
+        pieces, digits = find_digits(dark)
+    places = ndimage.find_objects(pieces)
+    boxes = [places[digit - 1] for digit in digits]
+    each = [
+        like_mnist(np.where(pieces[box] == digit, ink[box], 0))
+        for digit, box in zip(digits, boxes, strict=True)
+    ]
+    return torch.stack(each), boxes
 
 
 def predict_digits(model: nn.Module, pictures: Any) -> tuple[Tensor, Tensor]:
@@ -242,15 +233,18 @@ def predict_digits(model: nn.Module, pictures: Any) -> tuple[Tensor, Tensor]:
 
     pictures: a list of paths, PIL images, or uint8 arrays (H, W) or (H, W, 3); or a
     uint8 array (N, 28, 28). Returns the digits (N,) int64 and the probabilities
-    (N, 10). Raises OSError or ValueError as `read_page` does.
+    (N, 10). Raises as `read_page` does, and ValueError for several digits in a picture.
     """
     is_batch = isinstance(pictures, np.ndarray) and pictures.shape[1:] == (28, 28)
     if not is_batch and not isinstance(pictures, list):
         raise TypeError("pictures must be a list, or a uint8 array (N, 28, 28)")
     if not len(pictures):
         raise ValueError("there are no pictures")
-    images = torch.cat([read_page(picture, single=True)[0] for picture in pictures])
-    probabilities = infer(model, images).softmax(1)
+    pages = [read_page(picture)[0] for picture in pictures]
+    for i, page in enumerate(pages):
+        if len(page) > 1:
+            raise ValueError(f"pictures[{i}] has several digits: use predict_page")
+    probabilities = infer(model, torch.cat(pages)).softmax(1)
     return probabilities.argmax(1), probabilities
 
 
