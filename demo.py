@@ -150,6 +150,4 @@ if __name__ == "__main__":
                 show_progress="hidden",
             )
             source.input(None, None, other, js="() => null")
-    page.launch(quiet=True, footer_links=[], prevent_thread_lock=True)
-    print(f"Open {page.local_url} in a browser")
-    page.block_thread()
+    page.launch(footer_links=[])

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import runpy
 import shutil
 import struct
 import subprocess
@@ -501,20 +500,12 @@ def test_the_script_alone_in_a_folder_trains_and_evaluates(params, tmp_path):
     best_validation, tested = map(float, lines.groups()[-2:])
     assert tested > 90
     history = json.loads((tmp_path / "best_mnist_model_history.json").read_text())
-    assert [metrics["epoch"] for metrics in history] == list(range(1, 10))
     assert best_validation == max(metrics["validation_accuracy"] for metrics in history)
-    assert mnist_cnn.plot_history(history).axes
+    assert not (tmp_path / "best_mnist_model.pth.resume").exists()
 
     result = run(*command, "--evaluate", cwd=tmp_path)
     assert f"Current test accuracy: {tested:.2f}%\n" in result.stdout
-    names = [
-        "best_mnist_model.pth",
-        "mnist_cnn.py",
-        "few",
-        "best_mnist_model_curves.png",
-    ]
-    names += ["best_mnist_model_history.json", "best_mnist_model_mistakes.png"]
-    assert {path.name for path in tmp_path.iterdir()} == set(names)
+    assert (tmp_path / "best_mnist_model_mistakes.png").exists()
     assert run(*command, "--help", cwd=tmp_path, **surroundings).returncode == 0
 
 
@@ -581,12 +572,3 @@ def test_a_gpu_that_this_torch_cannot_use_is_an_error(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "exp", no_kernel)
     with pytest.raises(ValueError, match="--device cpu can: no kernel image"):
         mnist_cnn.pick_device("auto")
-
-
-def test_a_notebook_keeps_its_backend_after_run(monkeypatch):
-    monkeypatch.setenv("MPLBACKEND", "module://of_a_notebook")
-    monkeypatch.setitem(sys.modules, "IPython", sys)
-    monkeypatch.setattr(sys, "argv", ["mnist_cnn.py", "--help"])
-    with pytest.raises(SystemExit):
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert os.environ["MPLBACKEND"] == "module://of_a_notebook"
