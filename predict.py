@@ -46,6 +46,8 @@ def read_grey(picture: Picture) -> np.ndarray:
             picture = Image.open(picture)
             picture.draft("RGB", (SIDE, SIDE))  # decodes a large JPEG much faster
         picture = ImageOps.exif_transpose(picture)  # photos may lie on their side
+        if picture.mode[0] == "I":  # 16 bits, of which convert would clip most
+            picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
         picture = picture.convert("RGBA")
     except Exception as error:  # a damaged file can raise nearly any of them
         if getattr(error, "strerror", None):
@@ -61,7 +63,7 @@ def read_grey(picture: Picture) -> np.ndarray:
 
 def find_paper(grey: np.ndarray) -> np.ndarray:
     """The brightness that the paper has, or would have without the ink: (H, W)."""
-    # The mean of a block is free of the grain of the paper, which is no ink.
+    # The closing is slow, so it works on a smaller picture.
     small = np.asarray(Image.fromarray(grey).reduce(1 + min(grey.shape) // 75))
     # The closing removes dark things that are narrower than half of the picture. It is
     # continued beyond its edge, so a dark corner and the table count as wide: as paper.

@@ -70,6 +70,7 @@ def test_the_shipped_checkpoint_reads_pictures_of_every_kind(tmp_path):
         "in a shadow": (pixels * np.linspace(0.3, 1, 200)).astype(np.uint8),
         "turned": tmp_path / "turned.jpg",
         "transparent": transparent,
+        "of 16 bits": Image.fromarray(pixels.astype(np.uint16) * 256),
         "small, faint and in a corner": np.pad(small, [(1, 13), (13, 1)]),
     }
     model = load_model(CHECKPOINT)
