@@ -35,30 +35,30 @@ NOT_SURE = 0.97  # see RESULTS.md for how often an answer below it is wrong
 def read_grey(picture: Picture) -> np.ndarray:
     """The picture as if on white paper: (H, W) float32 from 0 (black) to 1 (white).
 
-    Raises OSError for a file that is no picture, and TypeError for anything else.
+    Raises OSError for a file that is no picture, and TypeError for what is neither a
+    file name, a PIL image nor a uint8 array.
     """
     if isinstance(picture, np.ndarray) and picture.dtype == np.uint8:
         picture = Image.fromarray(picture)
     if not isinstance(picture, str | Path | Image.Image):
-        raise TypeError("a picture is a path, a PIL image or a uint8 array (H, W)")
+        raise TypeError("a picture is a file name, a PIL image or a uint8 array")
     try:
-        if not isinstance(picture, Image.Image):
+        if isinstance(picture, str | Path):
             picture = Image.open(picture)
             picture.draft("RGB", (SIDE, SIDE))  # decodes a large JPEG much faster
         picture = ImageOps.exif_transpose(picture)  # photos may lie on their side
         if picture.mode[0] == "I":  # 16 bits, of which convert would clip most
-            picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
+            picture = picture.convert("I").point(lambda grey: grey / 256)
         picture = picture.convert("RGBA")
     except Exception as error:  # a damaged file can raise nearly any of them
         if getattr(error, "strerror", None):
             raise  # no such file, no permission: the message says so
-        advice = "export it as a JPEG or PNG of less than 89 megapixels"
-        raise OSError(f"{error}; {advice}") from error
+        raise OSError(f"{error}; export it as a JPEG or PNG") from error
     shrink = max(1, round(min(picture.size) / SIDE))
     picture = picture.reduce(shrink)
-    paper = Image.new("RGBA", picture.size, "white")
-    paper.alpha_composite(picture)
-    return np.asarray(paper.convert("L"), np.float32) / 255
+    paper = Image.new("L", picture.size, "white")
+    paper.paste(picture, mask=picture)
+    return np.asarray(paper, np.float32) / 255
 
 
 def find_paper(grey: np.ndarray) -> np.ndarray:
@@ -66,10 +66,11 @@ def find_paper(grey: np.ndarray) -> np.ndarray:
     # The closing is slow, so it works on a smaller picture.
     small = np.asarray(Image.fromarray(grey).reduce(1 + min(grey.shape) // 75))
     # The closing removes dark things that are narrower than half of the picture. It is
-    # continued beyond its edge, so a dark corner and the table count as wide: as paper.
+    # continued beyond its edge, so what touches it counts as paper: a dark corner, the
+    # table under the sheet.
     reach = 1 + min(small.shape) // 4
     paper = ndimage.grey_closing(np.pad(small, reach, "edge"), 2 * reach)
-    paper = Image.fromarray(paper[reach:-reach, reach:-reach])
+    paper = ImageOps.crop(Image.fromarray(paper), reach)
     return np.asarray(paper.resize(grey.shape[::-1], Image.Resampling.BILINEAR))
 
 
@@ -80,31 +81,29 @@ def find_lines(dark: np.ndarray) -> np.ndarray:
     stroke crosses one, the stroke is no part of it.
     """
     thick = 1 + min(dark.shape) // 25
-    thin = dark & ~ndimage.grey_opening(dark, (thick, 1))
-    rows, columns = thin.nonzero()
+    rows, columns = ndimage.white_tophat(dark, (thick, 1)).nonzero()
     lines = np.zeros_like(dark)
+    width = dark.shape[1]
     for slope in np.linspace(-0.12, 0.12, 73):  # up to 7 degrees
-        line = np.rint(rows - slope * columns).astype(int)
-        line -= line.min(initial=0)
-        long = np.flatnonzero(np.bincount(line) > 0.6 * dark.shape[1])
+        line = (rows - slope * columns + width).astype(int)
+        long = np.flatnonzero(np.bincount(line) > 0.6 * width)
         if long.size and np.ptp(long) > 2 * thick:
             lines[rows, columns] |= np.isin(line, long)
     return lines
 
 
 def find_ink(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How much darker each pixel is than the paper around it, and which ones are ink.
+    """How much each pixel stands out from the paper around it, and which ones are ink.
 
-    Both are (H, W), the first one from 0 (paper) to 1 (black), the other one bool.
-    Raises ValueError if nothing is written there.
+    Both are (H, W), the first one from about 0 (paper) to 1, the other one bool. Raises
+    ValueError if nothing is written there.
     """
-    side = 1 + min(grey.shape) // 2
-    contrast = grey - ndimage.uniform_filter(grey, side)
+    contrast = grey - ndimage.uniform_filter(grey, 1 + min(grey.shape) // 2)
     if (contrast * contrast**2).sum() > 0:  # contrast**3 would be slow
         grey = 1 - grey  # what stands out is lighter than the paper
     ink = 1 - (grey + 0.02) / (find_paper(grey) + 0.02)
     ink = ndimage.gaussian_filter(ink, min(grey.shape) / SIDE)
-    ink -= np.quantile(ink, 0.3)  # bare paper, which may be covered with much ink
+    ink -= np.quantile(ink, 0.3)  # bare paper, even where most of it is covered
     # About the standard deviation of bare paper. With much ink, it is higher.
     grain = 2.6 * np.quantile(abs(ink), 0.3)
     # A stroke ends where it is half as dark as ink usually is. What is a little fainter
@@ -121,31 +120,28 @@ def find_ink(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     patch = pieces == np.bincount(pieces[dark]).argmax()
     (box,) = ndimage.find_objects(patch.astype(int))
     height, width = patch[box].shape
-    is_solid = patch[box].mean() > 0.7 and 0.4 < height / width < 2.5
-    if is_solid and patch.mean() > 0.1:
+    if patch.mean() > 0.1 and patch[box].mean() > 0.7 and 0.4 < height / width < 2.5:
         ink[box], dark[box] = find_ink(grey[box])
         patch = ndimage.binary_fill_holes(patch)
         dark &= ndimage.binary_erosion(patch, NEIGHBOURS, 1 + min(dark.shape) // 75)
-    return ink.clip(0), dark
+    return ink, dark
 
 
 def find_sides(pieces: np.ndarray) -> np.ndarray:
     """The sides of N numbered pieces: top, bottom, left and right, (4, N) int."""
     boxes = ndimage.find_objects(pieces)
-    sides = [(y.start, y.stop, x.start, x.stop) for y, x in boxes]
-    return np.array(sides, int).reshape(-1, 4).T
+    return np.transpose([(y.start, y.stop, x.start, x.stop) for y, x in boxes])
 
 
 def erase_boxes(dark: np.ndarray) -> np.ndarray:
     """Without the closed lines that have other ink inside: (H, W) bool."""
-    digits = dark.copy()
     pieces, _ = ndimage.label(dark, NEIGHBOURS)
     for number, place in enumerate(ndimage.find_objects(pieces), 1):
         piece = pieces[place] == number
         inside = ndimage.binary_fill_holes(piece)
-        if (dark[place] & inside).sum() > 1.1 * piece.sum():
-            digits[place] &= ~piece
-    return digits
+        if dark[place][inside].sum() > 1.1 * piece.sum():
+            pieces[place][piece] = 0
+    return pieces > 0
 
 
 def find_digits(dark: np.ndarray) -> tuple[np.ndarray, list[int]]:
@@ -153,27 +149,28 @@ def find_digits(dark: np.ndarray) -> tuple[np.ndarray, list[int]]:
 
     The digits are in reading order. Raises ValueError if there are none.
     """
+    if not dark.any():
+        raise ValueError("nothing is written on it")
     pieces, _ = ndimage.label(erase_boxes(dark), NEIGHBOURS)
     top, bottom, left, right = find_sides(pieces)
     size = np.maximum(bottom - top, right - left)
     height, width = dark.shape
-    at_edge = (top == 0) | (left == 0) | (bottom == height) | (right == width)
+    inside = (top > 0) & (left > 0) & (bottom < height) & (right < width)
     # Half of the ink is in pieces of this size or less. At the edge it counts little.
-    ink = np.bincount(pieces.flat)[1:]
-    weight = 1 + ink // np.where(at_edge, 50, 1)
-    tall = np.median(np.append(0, size.repeat(weight)))
+    weight = 1 + np.bincount(pieces.flat)[1:] // np.where(inside, 1, 50)
+    tall = np.median(size.repeat(weight))
     if tall < max(8, min(dark.shape) / 40):
         raise ValueError("nothing is written on it, or it is too small: crop it")
     # What is smaller is dirt, and what is larger is a drawing or a shadow.
     used = (size > 0.1 * tall) & (size < 2 * tall)
-    # At the edge it must be as large as a digit, unless there is nothing else.
-    if (used & ~at_edge).any():
-        used &= ~at_edge | (abs(size - tall) < 0.3 * tall)
+    # A piece at the edge must be as large as a digit, unless there is no other.
+    if (used & inside).any():
+        used &= inside | (abs(size - tall) < 0.3 * tall)
     dark = np.append(False, used)[pieces]
 
     # A piece that is less tall than a digit belongs to what is very near to it.
-    is_small = np.append(False, used & (bottom - top < 0.6 * tall))
-    near = ndimage.maximum_filter(is_small[pieces], 1 + int(tall / 8))
+    is_small = np.append(False, bottom - top < 0.6 * tall)[pieces]
+    near = ndimage.maximum_filter(dark & is_small, 1 + int(tall / 8))
     pieces = ndimage.label(dark | near, NEIGHBOURS)[0] * dark
 
     # A digit continues the line whose last digit is beside it, so lines may slant.
@@ -199,32 +196,32 @@ def like_mnist(ink: np.ndarray) -> Tensor:
 
     The ink fits into 20x20 pixels, and its centre of mass lies in the middle of 28x28.
     """
-    height, width = ink.shape
-    side = max(height, width)
-    square = Image.fromarray(np.pad(ink, [(0, side - height), (0, side - width)]))
-    small = np.asarray(square.resize((20, 20), Image.Resampling.BICUBIC)).clip(0)
-    y, x = 14 + np.rint(ndimage.center_of_mass(small)).astype(int)
-    image = np.pad(255 * small / small.max(), 28)[y : y + 28, x : x + 28]
-    return torch.from_numpy(image).round().byte().unsqueeze(0)
+    side = max(ink.shape)
+    square = Image.fromarray(ink).crop((0, 0, side, side))
+    small = np.asarray(square.resize((20, 20))).clip(0)
+    y, x = np.rint(ndimage.center_of_mass(small)).astype(int)
+    image = np.pad(255 * small / small.max(), 14)[y : y + 28, x : x + 28]
+    return torch.from_numpy(image).round().byte()[None]
 
 
 def read_page(picture: Picture) -> tuple[Tensor, list[Box]]:
     """The picture's N digits, from left to right, line by line, as MNIST's images.
 
     Returns the images (N, 1, 28, 28) uint8, and the box of each digit: its rows and
-    columns in `read_grey(picture)`. Raises OSError for a file that is no picture and
-    ValueError for a picture without a digit.
+    columns in `read_grey(picture)`. Raises as `read_grey` does, and ValueError for a
+    picture without a digit.
     """
     grey = read_grey(picture)
     if grey.shape == (28, 28) and grey.any() and not grey[::27, ::27].any():
-        ink, pieces, digits = grey, (grey > 0).astype(int), [1]  # MNIST's form
+        # Light ink on black, as MNIST has it.
+        ink, pieces, digits = grey, (grey > 0).astype(int), [1]
     else:
         ink, dark = find_ink(grey)
         pieces, digits = find_digits(dark)
     places = ndimage.find_objects(pieces)
     boxes = [places[digit - 1] for digit in digits]
     each = [
-        like_mnist(np.where(pieces[box] == digit, ink[box], 0))
+        like_mnist(ink[box] * (pieces[box] == digit))
         for digit, box in zip(digits, boxes, strict=True)
     ]
     return torch.stack(each), boxes
@@ -237,8 +234,8 @@ def predict_digits(model: nn.Module, pictures: Any) -> tuple[Tensor, Tensor]:
     uint8 array (N, 28, 28). Returns the digits (N,) int64 and the probabilities
     (N, 10). Raises as `read_page` does, and ValueError for several digits in a picture.
     """
-    is_batch = isinstance(pictures, np.ndarray) and pictures.shape[1:] == (28, 28)
-    if not is_batch and not isinstance(pictures, list):
+    shape = getattr(pictures, "shape", ())
+    if not isinstance(pictures, list) and shape[1:] != (28, 28):
         raise TypeError("pictures must be a list, or a uint8 array (N, 28, 28)")
     if not len(pictures):
         raise ValueError("there are no pictures")
@@ -263,21 +260,21 @@ def predict_page(
     return probabilities.argmax(1), probabilities, boxes
 
 
-def save_answer(path: str, images: Tensor, boxes: list[Box], digits: list[int]) -> None:
+def save_answer(path: str, answer: str) -> None:
     """Write seven_read.png for seven.jpg: the answers, and what the network sees."""
     from matplotlib.figure import Figure  # slow to import
     from matplotlib.patches import Rectangle
     from torchvision.utils import make_grid
 
+    images, boxes = read_page(path)
     figure = Figure(figsize=(8, 10), layout="constrained")
     page, seen = figure.subplots(2, height_ratios=(4, 1))
     page.imshow(read_grey(path), "gray")
-    for digit, (y, x) in zip(digits, boxes, strict=True):
+    for digit, (y, x) in zip(answer.split(), boxes, strict=True):
+        corner = x.start, y.start
         height, width = y.stop - y.start, x.stop - x.start
-        page.add_patch(
-            Rectangle((x.start, y.start), width, height, fill=False, ec="red")
-        )
-        page.text(x.start, y.start, digit, color="red")
+        page.add_patch(Rectangle(corner, width, height, fill=False, ec="red"))
+        page.text(*corner, digit, color="red")
     seen.imshow(make_grid(images, nrow=20)[0], "gray")
     figure.savefig(f"{Path(path).with_suffix('')}_read.png")
 
@@ -287,13 +284,9 @@ def main() -> int:
     parser = ArgumentParser(
         description=__doc__, formatter_class=RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "pictures", nargs="+", metavar="PICTURE", help="photo, scan or drawing"
-    )
+    parser.add_argument("picture", nargs="+", help="photo, scan or drawing")
     shipped = Path(__file__).with_name(CHECKPOINT)
-    parser.add_argument(
-        "--checkpoint", default=shipped, metavar="FILE", help="file of the weights"
-    )
+    parser.add_argument("--checkpoint", default=shipped, help="file of the weights")
     parser.add_argument(
         "--show", action="store_true", help="write what was read to PICTURE_read.png"
     )
@@ -304,19 +297,17 @@ def main() -> int:
         parser.error(str(error))
 
     status = 0
-    for path in arguments.pictures:
+    for path in arguments.picture:
         try:
-            images, boxes = read_page(path)
-            certainty, digits = infer(model, images).softmax(1).max(1)
+            digits, probabilities, _ = predict_page(model, path)
             answer = " ".join(map(str, digits.tolist()))
-            least = certainty.min()
+            least = probabilities.amax(1).min()
             doubt = "not sure: " if least < NOT_SURE else ""
-            print(f"{path}: {doubt}{answer} ({100 * least:.1f}% sure)")
+            print(f"{path}: {doubt}{answer} ({least:.1%} sure)")
             if arguments.show:
-                save_answer(path, images, boxes, digits.tolist())
+                save_answer(path, answer)
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            print(f"error: {path}: {reason}", file=sys.stderr)
+            print(f"error: {path}: {error}", file=sys.stderr)
             status = 2
     return status
 
