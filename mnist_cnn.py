@@ -18,10 +18,8 @@ import sys
 import textwrap
 import time
 from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import Field, asdict, dataclass, field, fields
-from io import BytesIO, TextIOWrapper
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +28,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Adam, Optimizer
-from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
+from torch.optim import Adam
+from torch.optim.lr_scheduler import OneCycleLR
 from tqdm.auto import tqdm
 
 # torchvision, torchsummary and matplotlib are imported where they are used, because
@@ -304,7 +302,7 @@ def fade(epoch: int, params: HyperParameters) -> tuple[float, float]:
 
 def prepare_training(
     params: HyperParameters, num_images: int, device: torch.device
-) -> tuple[Any, Any, Any]:
+) -> tuple[TinyCNN, Adam, OneCycleLR]:
     """A new model, and Adam with a learning rate that rises tenfold, then falls.
 
     It rises in the first 30 % of the steps, and ends at almost 0. Adam's beta1 goes the
@@ -359,8 +357,8 @@ def best_epoch(history: list[Metrics]) -> Metrics:
 
 def train_epoch(
     model: nn.Module,
-    optimizer: Optimizer,
-    schedule: LRScheduler,
+    optimizer: Adam,
+    schedule: OneCycleLR,
     training_set: Split,
     epoch: int,
     params: HyperParameters,
@@ -450,12 +448,16 @@ def train_model(
     """
     from torchsummary import summary
 
-    path = check_path(checkpoint)
+    path = Path(checkpoint)
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not the name of a file")
     state_path = Path(f"{path}.resume")
-    state: dict[str, Any] = {"params": params, "history": []}
+    history: list[Metrics] = []
     if resume:
-        state = read_state(state_path, params)
-    params, history = state["params"], state["history"]
+        state = read_tensors(state_path)
+        here = {"device": params.device, "data_dir": params.data_dir}
+        params = HyperParameters(**state["params"] | here)
+        history = state["history"]
 
     device = pick_device(params.device)
     training, validation, test = split_mnist(params, device)
@@ -463,10 +465,9 @@ def train_model(
     model, optimizer, schedule = parts
     best_model = TinyCNN(params.dropout_rate)
     if resume:
-        with fitting(state_path):
-            best_model.load_state_dict(state["best"])
-            for part in parts:
-                part.load_state_dict(state[type(part).__name__])
+        best_model.load_state_dict(state["best"])
+        for part in parts:
+            part.load_state_dict(state[type(part).__name__])
     wrapped = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
 
     def save_state() -> None:
@@ -491,8 +492,7 @@ def train_model(
             continue  # the first process evaluates and saves
         validated = evaluate_model(model, *validation)
         tested = evaluate_model(model, *test)
-        seconds = time.perf_counter() - start
-        values = epoch, *trained, *validated, *tested, seconds
+        values = epoch, *trained, *validated, *tested, time.perf_counter() - start
         history.append(dict(zip(METRICS, values, strict=True)))
         if best_epoch(history) is history[-1]:
             best_model.load_state_dict(model.state_dict())
@@ -514,25 +514,15 @@ def train_model(
 # ---- Checkpoints ---------------------------------------------------------------------
 
 
-def check_path(name: str | Path) -> Path:
-    """The path of a checkpoint, whose folder is made. Raises OSError for a folder."""
-    path = Path(name)
-    if str(name).endswith("/") or (path.exists() and not path.is_file()):
-        raise OSError(f"{name} is not the name of a file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-
 def write_tensors(content: dict[str, Any], path: Path) -> None:
     """torch.save, but a crash leaves the old file or the new one, never a part."""
-    buffer = BytesIO()
+    buffer = BytesIO()  # torch.save to a file raises RuntimeError if the disk is full
     torch.save(content, buffer)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(buffer.getbuffer())
         temporary.replace(path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -546,28 +536,6 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged, or not a file of weights") from error
 
 
-@contextmanager
-def fitting(path: str | Path) -> Iterator[None]:
-    """Raise ValueError, with the name of the file, if its content does not fit."""
-    try:
-        yield
-    except Exception as error:  # another program's file can raise almost anything
-        raise ValueError(
-            f"{path} is of another program, or of another version of this one. If you "
-            f"changed the model, retrain it. {error}"
-        ) from error
-
-
-def read_state(path: Path, params: HyperParameters) -> dict[str, Any]:
-    """The state of a training, but with the device and the data folder of `params`."""
-    state = read_tensors(path)
-    with fitting(path):
-        machine = {"device": params.device, "data_dir": params.data_dir}
-        state["params"] = HyperParameters(**state["params"] | machine)
-        state["history"] = [{key: e[key] for key in METRICS} for e in state["history"]]
-    return state
-
-
 def load_model(model_path: str | Path, device: str = "auto") -> TinyCNN:
     """A TinyCNN, in eval mode, with the weights of a checkpoint.
 
@@ -575,8 +543,13 @@ def load_model(model_path: str | Path, device: str = "auto") -> TinyCNN:
     """
     model = TinyCNN()
     weights = read_tensors(model_path)
-    with fitting(model_path):
+    try:
         model.load_state_dict(weights)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{model_path} is of another model. If you changed TinyCNN, train it anew. "
+            f"{error}"
+        ) from error
     return model.to(pick_device(device)).eval()
 
 
@@ -669,7 +642,7 @@ def parse_flags(argv: list[str] | None = None) -> dict[str, Any]:
     for f in fields(HyperParameters):
         explanation = f"{f.metadata['help']} (default: {f.default})"
         flag = f"--{f.name.replace('_', '-')}"
-        parser.add_argument(flag, type=f.type, help=explanation.replace("%", "%%"))
+        parser.add_argument(flag, type=f.type, help=explanation)
     flags = vars(parser.parse_args(argv))
     others = flags.keys() - {"checkpoint", "device", "data_dir"}
     if len(others) > 1 and others & {"resume", "evaluate"}:
@@ -695,13 +668,13 @@ def join_processes(params: HyperParameters) -> None:
     dist.barrier()
 
 
-def main() -> int:
-    """Do what the command line asks. Returns the exit status."""
+def main() -> None:
+    """Do what the command line asks."""
     flags = parse_flags()
     resume = flags.pop("resume", False)
     evaluate = flags.pop("evaluate", False)
     checkpoint = flags.pop("checkpoint", CHECKPOINT)
-    stem = checkpoint.removesuffix(".pth")
+    stem = str(Path(checkpoint)).removesuffix(".pth")
     try:
         params = HyperParameters(**flags)
         if WORLD_SIZE > 1:
@@ -711,7 +684,7 @@ def main() -> int:
         if WORLD_SIZE > 1:
             dist.destroy_process_group()
         if RANK > 0:
-            return 0
+            return
 
         if not evaluate:
             Path(f"{stem}_history.json").write_text(json.dumps(history))
@@ -726,18 +699,13 @@ def main() -> int:
         if not evaluate:
             Path(f"{checkpoint}.resume").unlink()  # last, so that nothing is missing
     except (OSError, ValueError, FloatingPointError) as error:
-        print("error:", textwrap.shorten(str(error), 500), file=sys.stderr)
-        return 2
+        sys.exit(f"error: {textwrap.shorten(str(error), 500)}")
     except KeyboardInterrupt:
         hint = " --resume continues a training that has begun its first epoch."
-        print("\nStopped." + ("" if evaluate else hint), file=sys.stderr)
-        return 130
-    return 0
+        sys.exit("\nStopped." + ("" if evaluate else hint))
 
 
 if __name__ == "__main__":
     if not IN_NOTEBOOK:
         os.environ["MPLBACKEND"] = "agg"  # a notebook's own may be missing here
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for names it cannot print
-    sys.exit(main())
+    main()

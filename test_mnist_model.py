@@ -423,7 +423,7 @@ class Malicious:
         (lambda path: None, "No such file"),
         (lambda path: path.write_bytes(CHECKPOINT.read_bytes()[:9_000]), "damaged"),
         (lambda path: torch.save({"fc.1.bias": Malicious()}, path), "damaged"),
-        (lambda path: torch.save(nn.Linear(2, 2).state_dict(), path), "retrain"),
+        (lambda path: torch.save(nn.Linear(2, 2).state_dict(), path), "another model"),
     ],
     ids=["missing", "cut short", "malicious", "other"],
 )
@@ -451,22 +451,10 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(
     path = tmp_path / "model.pth"
     mnist_cnn.write_tensors({"epoch": 1}, path)
     monkeypatch.setattr(Path, "replace", fail)
-    with pytest.raises(expected) as caught:
+    with pytest.raises(expected):
         mnist_cnn.write_tensors({"epoch": 2}, path)
-    assert getattr(caught.value, "filename", str(path)) == str(path)
     assert mnist_cnn.read_tensors(path) == {"epoch": 1}
     assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("key", ["params", "history", "best", "Adam", "TinyCNN"])
-def test_a_state_of_another_version_is_an_error_in_a_line(key, params, tmp_path):
-    path = tmp_path / "model.pth"
-    train_model(replace(params, num_epochs=1), path)
-    state_path = tmp_path / "model.pth.resume"
-    state = mnist_cnn.read_tensors(state_path)
-    mnist_cnn.write_tensors(state | {key: {"other": 1}}, state_path)
-    with pytest.raises(ValueError, match=r"model.pth.resume is of another"):
-        train_model(params, path, resume=True)
 
 
 # ---- The command line ----------------------------------------------------------------
@@ -476,12 +464,9 @@ def test_the_script_alone_in_a_folder_trains_and_evaluates(params, tmp_path):
     shutil.copy(SCRIPT, tmp_path)
     shutil.copy(CHECKPOINT, tmp_path)
     command = [sys.executable, "mnist_cnn.py", f"--data-dir={params.data_dir}"]
-    surroundings = {
-        "MPLBACKEND": "module://not_installed",  # as a notebook may leave it
-        "PYTHONIOENCODING": "ascii",
-    }
     flags = ["--validation-size=100", "--num-epochs=9"]
-    result = run(*command, *flags, cwd=tmp_path, **surroundings)
+    backend = "module://not_installed"  # as a notebook may leave it
+    result = run(*command, *flags, cwd=tmp_path, MPLBACKEND=backend)
     assert (result.returncode, result.stderr) == (0, "")  # no bar in a log file
     number = r"(\d+\.\d\d)%"
     lines = re.search(
@@ -506,21 +491,23 @@ def test_the_script_alone_in_a_folder_trains_and_evaluates(params, tmp_path):
     result = run(*command, "--evaluate", cwd=tmp_path)
     assert f"Current test accuracy: {tested:.2f}%\n" in result.stdout
     assert (tmp_path / "best_mnist_model_mistakes.png").exists()
-    assert run(*command, "--help", cwd=tmp_path, **surroundings).returncode == 0
+    assert run(*command, "--help", cwd=tmp_path).returncode == 0
 
 
 @pytest.fixture
 def main(params, tmp_path, monkeypatch, capsys):
-    """The command line, in an empty folder: from flags to status, output and errors."""
+    """The command line, in an empty folder: from flags to output and errors."""
 
     def call(flags):
         flags += f" --data-dir {params.data_dir}"
         monkeypatch.setattr(sys, "argv", ["mnist_cnn.py", *flags.split()])
         try:
-            status = mnist_cnn.main()
-        except SystemExit as stop:  # argparse's
-            status = stop.code
-        return status, *capsys.readouterr()
+            mnist_cnn.main()
+            message = ""
+        except SystemExit as stop:
+            message = str(stop.code)
+        output, errors = capsys.readouterr()
+        return output, errors + message
 
     monkeypatch.chdir(tmp_path)
     return call
@@ -529,18 +516,15 @@ def main(params, tmp_path, monkeypatch, capsys):
 def test_a_training_that_stops_at_its_figures_can_be_resumed(main, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(mnist_cnn, "plot_history", interrupt)
-        status, _, errors = main("--num-epochs 1 --validation-size 100")
-    assert (status, errors) == (
-        130,
-        "\nStopped. --resume continues a training that has begun its first epoch.\n",
-    )
-    status, output, _ = main("--resume")
-    assert status == 0
+        _, errors = main("--num-epochs 1 --validation-size 100")
+    assert errors.startswith("\nStopped. --resume continues")
+    output, errors = main("--resume")
+    assert errors == ""
     assert "Continuing after epoch 1 with HyperParameters(num_epochs=1" in output
     assert Path("best_mnist_model_curves.png").exists()
     assert not Path("best_mnist_model.pth.resume").exists()
     monkeypatch.setattr(mnist_cnn, "load_and_evaluate_model", interrupt)
-    assert main("--evaluate") == (130, "", "\nStopped.\n")
+    assert main("--evaluate") == ("", "\nStopped.")
 
 
 @pytest.mark.parametrize(
@@ -555,14 +539,13 @@ def test_a_training_that_stops_at_its_figures_can_be_resumed(main, monkeypatch):
         ("--resume --num-epochs 5", "given together: num_epochs, resume"),
         ("--resume --evaluate", "given together: evaluate, resume"),
         ("--evaluate", "No such file or directory: 'best_mnist_model.pth'"),
-        ("--checkpoint runs/", "runs/ is not the name of a file"),
         ("--checkpoint few", "few is not the name of a file"),
     ],
 )
 def test_a_wrong_flag_is_explained_in_a_line(flags, complaint, main):
-    status, output, errors = main(flags)
-    assert (status, output) == (2, "")
-    assert complaint in errors.splitlines()[-1]
+    output, errors = main(flags)
+    assert output == ""
+    assert complaint in errors
 
 
 def test_a_gpu_that_this_torch_cannot_use_is_an_error(monkeypatch):
