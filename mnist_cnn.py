@@ -71,7 +71,9 @@ class HyperParameters:
     dropout_rate: float = setting(
         0.25, "dropout in epoch e of n is this times max(0, 1 - 2e/n)", 0, 1
     )
-    random_seed: int = setting(42, "seed of everything that is random", 0, 4_000_000)
+    random_seed: int = setting(
+        42, "seed of all random choices but the split", 0, 4_000_000
+    )
     augmentation: float = setting(
         1.0, "its strength in epoch e of n is this times min(1, 2 - 2e/n)", 0, 4
     )
@@ -79,7 +81,7 @@ class HyperParameters:
         5_000, "images held out to choose the epoch", 1, 59_999
     )
     device: str = setting("auto", "cpu, cuda, ...; auto takes a GPU if there is one")
-    precision: str = setting("auto", "float32; auto: bfloat16 on a CPU that has it")
+    precision: str = setting("auto", "float32; auto: bfloat16 if the CPU has it")
     data_dir: str = setting(
         os.environ.get("MNIST_DATA_DIR", "data"), "folder with MNIST/raw"
     )
@@ -123,11 +125,10 @@ def read_mnist(data_dir: str, train: bool) -> Split:
     try:
         dataset = MNIST(data_dir, train, download=True)
     except Exception as error:  # a damaged file can raise almost anything
-        names = ", ".join(name for name, _ in MNIST.resources)
         raise OSError(
-            f"MNIST cannot be read from {data_dir}/MNIST/raw, and was not downloaded. "
-            f"It takes four files there: {names}. Delete what is damaged, or choose "
-            f"another folder with --data-dir or MNIST_DATA_DIR. {error}"
+            f"MNIST cannot be read from {data_dir}/MNIST/raw, nor downloaded to it. "
+            "Delete what is damaged there, put the four files there yourself, or "
+            f"choose another folder with --data-dir or MNIST_DATA_DIR. {error}"
         ) from error
     return dataset.data.unsqueeze(1), dataset.targets
 
@@ -308,8 +309,8 @@ def prepare_training(
     It rises in the first 30 % of the steps, and ends at almost 0. Adam's beta1 goes the
     other way. Smith and Topin, "Super-Convergence", 2018.
 
-    For the whole process, freed memory is kept, and cuDNN becomes deterministic, since
-    two trainings on a GPU would differ otherwise.
+    For the whole process, freed memory is kept, and cuDNN becomes deterministic: two
+    trainings on a GPU would differ otherwise.
     """
     keep_freed_memory()
     torch.backends.cudnn.deterministic = True
@@ -369,7 +370,7 @@ def train_epoch(
     too small for them is left out. Raises FloatingPointError if the loss is not finite.
     """
     images, labels = training_set
-    # The seed depends on the epoch alone, so --resume needs no state of a generator.
+    # It depends on random_seed and the epoch, so --resume needs no generator's state.
     seed = 1000 * params.random_seed + epoch
     torch.manual_seed(seed)
     order = torch.randperm(len(images)).to(images.device)
@@ -528,7 +529,7 @@ def write_tensors(content: dict[str, Any], path: Path) -> None:
 
 
 def read_tensors(path: str | Path) -> dict[str, Any]:
-    """torch.load, but it never runs code that a stranger put into the file."""
+    """torch.load, but errors name the file, and a stranger's code never runs."""
     content = BytesIO(Path(path).read_bytes())
     try:
         return torch.load(content, map_location="cpu", weights_only=True)
@@ -673,8 +674,8 @@ def main() -> None:
     flags = parse_flags()
     resume = flags.pop("resume", False)
     evaluate = flags.pop("evaluate", False)
-    checkpoint = flags.pop("checkpoint", CHECKPOINT)
-    stem = str(Path(checkpoint)).removesuffix(".pth")
+    checkpoint = str(Path(flags.pop("checkpoint", CHECKPOINT)))
+    stem = checkpoint.removesuffix(".pth")
     try:
         params = HyperParameters(**flags)
         if WORLD_SIZE > 1:
