@@ -48,9 +48,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 # ---- Hyperparameters -----------------------------------------------------------------
 
 
-def setting(
-    default: Any, explanation: str, low: float = 0, high: float = math.inf
-) -> Any:
+def setting(default: Any, explanation: str, low: float = 0, high: float = 10**9) -> Any:
     return field(default=default, metadata={"help": explanation, "range": (low, high)})
 
 
