@@ -248,6 +248,16 @@ def infer(model: nn.Module, images: Tensor) -> Tensor:
     return torch.cat(batches).cpu()
 
 
+def measure(logits: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Mean cross-entropy in nats and accuracy in percent.
+
+    logits: (N, 10), labels: (N,) int64, both on the CPU.
+    """
+    loss = F.cross_entropy(logits, labels).item()
+    correct = logits.argmax(1) == labels
+    return loss, 100 * correct.double().mean().item()
+
+
 def evaluate_model(
     model: nn.Module, images: Tensor, labels: Tensor
 ) -> tuple[float, float]:
@@ -255,11 +265,7 @@ def evaluate_model(
 
     images: (N, 1, 28, 28) uint8, labels: (N,) int64. Raises TypeError as `infer` does.
     """
-    logits = infer(model, images)
-    labels = labels.cpu()
-    loss = F.cross_entropy(logits, labels).item()
-    correct = logits.argmax(1) == labels
-    return loss, 100 * correct.double().mean().item()
+    return measure(infer(model, images), labels.cpu())
 
 
 # ---- Recipe --------------------------------------------------------------------------
@@ -448,8 +454,8 @@ def train_model(
     from torchsummary import summary
 
     path = Path(checkpoint)
-    if path.exists() and not path.is_file():
-        raise OSError(f"{path} is not the name of a file")
+    if str(checkpoint).endswith("/") or (path.exists() and not path.is_file()):
+        raise OSError(f"{checkpoint} is not the name of a file")
     state_path = Path(f"{path}.resume")
     history: list[Metrics] = []
     if resume:
@@ -552,6 +558,18 @@ def load_model(model_path: str | Path, device: str = "auto") -> TinyCNN:
     return model.to(pick_device(device)).eval()
 
 
+def report(model: TinyCNN, data_dir: str) -> tuple[float, Split, Tensor]:
+    """Print the accuracy on the 10,000 test images.
+
+    Returns it, in percent, and the images with their labels, and the logits.
+    """
+    images, labels = read_mnist(data_dir, train=False)
+    logits = infer(model, images)
+    _, accuracy = measure(logits, labels)
+    print(f"Current test accuracy: {accuracy:.2f}%")
+    return accuracy, (images, labels), logits
+
+
 def load_and_evaluate_model(
     model_path: str | Path, params: HyperParameters
 ) -> tuple[TinyCNN, float]:
@@ -562,8 +580,7 @@ def load_and_evaluate_model(
     MNIST cannot be read.
     """
     model = load_model(model_path, params.device)
-    _, accuracy = evaluate_model(model, *read_mnist(params.data_dir, train=False))
-    print(f"Current test accuracy: {accuracy:.2f}%")
+    accuracy, *_ = report(model, params.data_dir)
     return model, accuracy
 
 
@@ -672,7 +689,7 @@ def main() -> None:
     flags = parse_flags()
     resume = flags.pop("resume", False)
     evaluate = flags.pop("evaluate", False)
-    checkpoint = str(Path(flags.pop("checkpoint", CHECKPOINT)))
+    checkpoint = flags.pop("checkpoint", CHECKPOINT)
     stem = checkpoint.removesuffix(".pth")
     try:
         params = HyperParameters(**flags)
@@ -690,10 +707,9 @@ def main() -> None:
             plot_history(history).savefig(f"{stem}_curves.png")
             print(f"The curves are drawn in {stem}_curves.png")
             print("Evaluating saved best model:")
-        model, _ = load_and_evaluate_model(checkpoint, params)
-        images, labels = read_mnist(params.data_dir, train=False)
-        mistakes = plot_mistakes(images, labels, infer(model, images))
-        mistakes.savefig(f"{stem}_mistakes.png")
+        model = load_model(checkpoint, params.device)
+        _, test, logits = report(model, params.data_dir)
+        plot_mistakes(*test, logits).savefig(f"{stem}_mistakes.png")
         print(f"The mistakes are drawn in {stem}_mistakes.png")
         if not evaluate:
             Path(f"{checkpoint}.resume").unlink()  # last, so that nothing is missing

@@ -149,7 +149,7 @@ def find_digits(dark: np.ndarray) -> tuple[np.ndarray, list[int]]:
 
     The digits are in reading order. Raises ValueError if there are none.
     """
-    if not dark.any():
+    if not dark.any():  # all of it was the rim of a sheet
         raise ValueError("nothing is written on it")
     pieces, _ = ndimage.label(erase_boxes(dark), NEIGHBOURS)
     top, bottom, left, right = find_sides(pieces)
@@ -234,8 +234,8 @@ def predict_digits(model: nn.Module, pictures: Any) -> tuple[Tensor, Tensor]:
     uint8 array (N, 28, 28). Returns the digits (N,) int64 and the probabilities
     (N, 10). Raises as `read_page` does, and ValueError for several digits in a picture.
     """
-    shape = getattr(pictures, "shape", ())
-    if not isinstance(pictures, list) and shape[1:] != (28, 28):
+    is_batch = isinstance(pictures, np.ndarray) and pictures.shape[1:] == (28, 28)
+    if not is_batch and not isinstance(pictures, list):
         raise TypeError("pictures must be a list, or a uint8 array (N, 28, 28)")
     if not len(pictures):
         raise ValueError("there are no pictures")
@@ -260,17 +260,16 @@ def predict_page(
     return probabilities.argmax(1), probabilities, boxes
 
 
-def save_answer(path: str, answer: str) -> None:
+def save_answer(path: str, images: Tensor, boxes: list[Box], digits: list[int]) -> None:
     """Write seven_read.png for seven.jpg: the answers, and what the network sees."""
     from matplotlib.figure import Figure  # slow to import
     from matplotlib.patches import Rectangle
     from torchvision.utils import make_grid
 
-    images, boxes = read_page(path)
     figure = Figure(figsize=(8, 10), layout="constrained")
     page, seen = figure.subplots(2, height_ratios=(4, 1))
     page.imshow(read_grey(path), "gray")
-    for digit, (y, x) in zip(answer.split(), boxes, strict=True):
+    for digit, (y, x) in zip(digits, boxes, strict=True):
         corner = x.start, y.start
         height, width = y.stop - y.start, x.stop - x.start
         page.add_patch(Rectangle(corner, width, height, fill=False, ec="red"))
@@ -299,13 +298,14 @@ def main() -> int:
     status = 0
     for path in arguments.picture:
         try:
-            digits, probabilities, _ = predict_page(model, path)
+            images, boxes = read_page(path)
+            certainty, digits = infer(model, images).softmax(1).max(1)
             answer = " ".join(map(str, digits.tolist()))
-            least = probabilities.amax(1).min()
+            least = certainty.min()
             doubt = "not sure: " if least < NOT_SURE else ""
             print(f"{path}: {doubt}{answer} ({least:.1%} sure)")
             if arguments.show:
-                save_answer(path, answer)
+                save_answer(path, images, boxes, digits.tolist())
         except (OSError, ValueError) as error:
             print(f"error: {path}: {error}", file=sys.stderr)
             status = 2

@@ -479,29 +479,35 @@ def test_the_script_alone_in_a_folder_trains_and_evaluates(params, tmp_path):
     best_validation, tested = map(float, lines.groups()[-2:])
     assert tested > 90
     history = json.loads((tmp_path / "best_mnist_model_history.json").read_text())
+    assert [metrics["epoch"] for metrics in history] == list(range(1, 10))
     assert best_validation == max(metrics["validation_accuracy"] for metrics in history)
-    assert not (tmp_path / "best_mnist_model.pth.resume").exists()
+    assert mnist_cnn.plot_history(history).axes
 
     result = run(*command, "--evaluate", cwd=tmp_path)
     assert f"Current test accuracy: {tested:.2f}%\n" in result.stdout
-    assert (tmp_path / "best_mnist_model_mistakes.png").exists()
+    names = ["mnist_cnn.py", "few", "best_mnist_model.pth"]
+    names += ["best_mnist_model_history.json", "best_mnist_model_curves.png"]
+    names += ["best_mnist_model_mistakes.png"]
+    assert {path.name for path in tmp_path.iterdir()} == set(names)
     assert run(*command, "--help", cwd=tmp_path).returncode == 0
 
 
 @pytest.fixture
 def main(params, tmp_path, monkeypatch, capsys):
-    """The command line, in an empty folder: from flags to output and errors."""
+    """The command line, in an empty folder: from flags to status, output and errors."""
 
     def call(flags):
         flags += f" --data-dir {params.data_dir}"
         monkeypatch.setattr(sys, "argv", ["mnist_cnn.py", *flags.split()])
+        status = 0
         try:
             mnist_cnn.main()
-            message = ""
-        except SystemExit as stop:
-            message = str(stop.code)
-        output, errors = capsys.readouterr()
-        return output, errors + message
+        except SystemExit as stop:  # Python would print a text, and exit with 1
+            status = stop.code
+            if isinstance(status, str):
+                print(status, file=sys.stderr)
+                status = 1
+        return status, *capsys.readouterr()
 
     monkeypatch.chdir(tmp_path)
     return call
@@ -510,21 +516,25 @@ def main(params, tmp_path, monkeypatch, capsys):
 def test_a_training_that_stops_at_its_figures_can_be_resumed(main, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(mnist_cnn, "plot_history", interrupt)
-        _, errors = main("--num-epochs 1 --validation-size 100")
-    assert errors.startswith("\nStopped. --resume continues")
-    output, errors = main("--resume")
-    assert errors == ""
+        status, _, errors = main("--num-epochs 1 --validation-size 100")
+    assert (status, errors) == (
+        1,
+        "\nStopped. --resume continues a training that has begun its first epoch.\n",
+    )
+    status, output, errors = main("--resume")
+    assert (status, errors) == (0, "")
     assert "Continuing after epoch 1 with HyperParameters(num_epochs=1" in output
     assert Path("best_mnist_model_curves.png").exists()
     assert not Path("best_mnist_model.pth.resume").exists()
-    monkeypatch.setattr(mnist_cnn, "load_and_evaluate_model", interrupt)
-    assert main("--evaluate") == ("", "\nStopped.")
+    monkeypatch.setattr(mnist_cnn, "report", interrupt)
+    assert main("--evaluate") == (1, "", "\nStopped.\n")
 
 
 def test_a_training_that_diverges_stops(main, monkeypatch):
     monkeypatch.setattr(mnist_cnn, "augment", lambda images, _: images * math.nan)
-    _, errors = main("--num-epochs 1 --validation-size 100")
-    assert errors == "error: diverged in epoch 1: lower learning_rate"
+    status, _, errors = main("--num-epochs 1 --validation-size 100")
+    assert status == 1
+    assert errors == "error: diverged in epoch 1: lower learning_rate\n"
 
 
 @pytest.mark.parametrize(
@@ -539,13 +549,15 @@ def test_a_training_that_diverges_stops(main, monkeypatch):
         ("--resume --num-epochs 5", "given together: num_epochs, resume"),
         ("--resume --evaluate", "given together: evaluate, resume"),
         ("--evaluate", "No such file or directory: 'best_mnist_model.pth'"),
+        ("--checkpoint runs/", "runs/ is not the name of a file"),
         ("--checkpoint few", "few is not the name of a file"),
     ],
 )
 def test_a_wrong_flag_is_explained_in_a_line(flags, complaint, main):
-    output, errors = main(flags)
+    status, output, errors = main(flags)
+    assert status in (1, 2)  # 2 is argparse's
     assert output == ""
-    assert complaint in errors
+    assert complaint in errors.splitlines()[-1]
 
 
 def test_a_gpu_that_this_torch_cannot_use_is_an_error(monkeypatch):
