@@ -197,12 +197,12 @@ def page():
     page = Image.new("L", (600, 400), 235)
     for strokes, corner in ((ONE, (0, 10)), (SEVEN, (200, 0)), (SEVEN, (0, 200))):
         page.paste(draw(strokes), corner)
+    ImageDraw.Draw(page).line([(60, 300), (120, 300)], 235, 4)  # cuts the last 7
     return page
 
 
 def test_a_page_is_read_line_by_line(page):
     model = load_model(CHECKPOINT)
-    ImageDraw.Draw(page).line([(60, 300), (120, 300)], 235, 4)  # cuts the last 7
     digits, _, boxes = predict.predict_page(model, page)
     assert digits.tolist() == [1, 7, 7]
     assert [columns.start < 200 for _, columns in boxes] == [True, False, True]
