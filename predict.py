@@ -11,6 +11,7 @@ least certain digit.
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from io import TextIOWrapper
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +65,17 @@ def read_grey(picture: Picture) -> np.ndarray:
 def find_paper(grey: np.ndarray) -> np.ndarray:
     """The brightness that the paper has, or would have without the ink: (H, W)."""
     # The closing is slow, so it works on a smaller picture.
-    small = np.asarray(Image.fromarray(grey).reduce(1 + min(grey.shape) // 75))
+    picture = Image.fromarray(grey)
+    small = np.asarray(picture.reduce(1 + min(grey.shape) // 75))
     # The closing removes dark things that are narrower than half of the picture. It is
     # continued beyond its edge, so what touches it counts as paper: a dark corner, the
     # table under the sheet.
     reach = 1 + min(small.shape) // 4
-    paper = ndimage.grey_closing(np.pad(small, reach, "edge"), 2 * reach)
-    paper = ImageOps.crop(Image.fromarray(paper), reach)
-    return np.asarray(paper.resize(grey.shape[::-1], Image.Resampling.BILINEAR))
+    padded = np.pad(small, reach, "edge")
+    closed = ndimage.grey_closing(padded, 2 * reach)
+    paper = Image.fromarray(closed[reach:-reach, reach:-reach])
+    paper = paper.resize(picture.size, Image.Resampling.BILINEAR)
+    return np.asarray(paper)
 
 
 def find_lines(dark: np.ndarray) -> np.ndarray:
@@ -130,7 +134,8 @@ def find_ink(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def find_sides(pieces: np.ndarray) -> np.ndarray:
     """The sides of N numbered pieces: top, bottom, left and right, (4, N) int."""
     boxes = ndimage.find_objects(pieces)
-    return np.transpose([(y.start, y.stop, x.start, x.stop) for y, x in boxes])
+    sides = [(y.start, y.stop, x.start, x.stop) for y, x in boxes]
+    return np.reshape(sides, (-1, 4)).T
 
 
 def erase_boxes(dark: np.ndarray) -> np.ndarray:
@@ -144,10 +149,10 @@ def erase_boxes(dark: np.ndarray) -> np.ndarray:
     return pieces > 0
 
 
-def find_digits(dark: np.ndarray) -> tuple[np.ndarray, list[int]]:
-    """Number the pieces of ink from 1, (H, W) int, and list the digits among them.
+def find_digits(dark: np.ndarray) -> np.ndarray:
+    """The digits, numbered from 1 in reading order, as (H, W) int: 0 is no digit.
 
-    The digits are in reading order. Raises ValueError if there are none.
+    Raises ValueError if there are none.
     """
     if not dark.any():  # all of it was the rim of a sheet
         raise ValueError("nothing is written on it")
@@ -156,16 +161,17 @@ def find_digits(dark: np.ndarray) -> tuple[np.ndarray, list[int]]:
     size = np.maximum(bottom - top, right - left)
     height, width = dark.shape
     inside = (top > 0) & (left > 0) & (bottom < height) & (right < width)
+
     # Half of the ink is in pieces of this size or less. At the edge it counts little.
     weight = 1 + np.bincount(pieces.flat)[1:] // np.where(inside, 1, 50)
     tall = np.median(size.repeat(weight))
     if tall < max(8, min(dark.shape) / 40):
         raise ValueError("nothing is written on it, or it is too small: crop it")
+
     # What is smaller is dirt, and what is larger is a drawing or a shadow.
     used = (size > 0.1 * tall) & (size < 2 * tall)
-    # A piece at the edge must be as large as a digit, unless there is no other.
-    if (used & inside).any():
-        used &= inside | (abs(size - tall) < 0.3 * tall)
+    # At the edge, only what is as large as a digit is one.
+    used &= inside | (abs(size - tall) < 0.3 * tall)
     dark = np.append(False, used)[pieces]
 
     # A piece that is less tall than a digit belongs to what is very near to it.
@@ -188,7 +194,11 @@ def find_digits(dark: np.ndarray) -> tuple[np.ndarray, list[int]]:
     if not lines:
         raise ValueError("no digit is written on it")
     lines.sort(key=lambda line: middle[line].mean())
-    return pieces, [1 + digit for line in lines for digit in line]
+
+    number = np.zeros(1 + len(left), int)
+    for i, digit in enumerate(chain(*lines), 1):
+        number[1 + digit] = i
+    return number[pieces]
 
 
 def like_mnist(ink: np.ndarray) -> Tensor:
@@ -200,7 +210,8 @@ def like_mnist(ink: np.ndarray) -> Tensor:
     square = Image.fromarray(ink).crop((0, 0, side, side))
     small = np.asarray(square.resize((20, 20))).clip(0)
     y, x = np.rint(ndimage.center_of_mass(small)).astype(int)
-    image = np.pad(255 * small / small.max(), 14)[y : y + 28, x : x + 28]
+    padded = np.pad(255 * small / small.max(), 14)
+    image = padded[y : y + 28, x : x + 28]
     return torch.from_numpy(image).round().byte()[None]
 
 
@@ -214,15 +225,14 @@ def read_page(picture: Picture) -> tuple[Tensor, list[Box]]:
     grey = read_grey(picture)
     if grey.shape == (28, 28) and grey.any() and not grey[::27, ::27].any():
         # Light ink on black, as MNIST has it.
-        ink, pieces, digits = grey, (grey > 0).astype(int), [1]
+        ink, digits = grey, (grey > 0).astype(int)
     else:
         ink, dark = find_ink(grey)
-        pieces, digits = find_digits(dark)
-    places = ndimage.find_objects(pieces)
-    boxes = [places[digit - 1] for digit in digits]
+        digits = find_digits(dark)
+    boxes = ndimage.find_objects(digits)
     each = [
-        like_mnist(ink[box] * (pieces[box] == digit))
-        for digit, box in zip(digits, boxes, strict=True)
+        like_mnist(ink[box] * (digits[box] == number))
+        for number, box in enumerate(boxes, 1)
     ]
     return torch.stack(each), boxes
 
@@ -263,17 +273,16 @@ def predict_page(
 def save_answer(path: str, images: Tensor, boxes: list[Box], digits: list[int]) -> None:
     """Write seven_read.png for seven.jpg: the answers, and what the network sees."""
     from matplotlib.figure import Figure  # slow to import
-    from matplotlib.patches import Rectangle
     from torchvision.utils import make_grid
 
     figure = Figure(figsize=(8, 10), layout="constrained")
     page, seen = figure.subplots(2, height_ratios=(4, 1))
     page.imshow(read_grey(path), "gray")
     for digit, (y, x) in zip(digits, boxes, strict=True):
-        corner = x.start, y.start
-        height, width = y.stop - y.start, x.stop - x.start
-        page.add_patch(Rectangle(corner, width, height, fill=False, ec="red"))
-        page.text(*corner, digit, color="red")
+        columns = x.start, x.stop - x.start
+        rows = y.start, y.stop - y.start
+        page.broken_barh([columns], rows, facecolor="none", edgecolor="red")
+        page.text(x.start, y.start, digit, color="red")
     seen.imshow(make_grid(images, nrow=20)[0], "gray")
     figure.savefig(f"{Path(path).with_suffix('')}_read.png")
 
