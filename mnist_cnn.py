@@ -33,7 +33,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from tqdm.auto import tqdm
 
 # torchvision, torchsummary and matplotlib are imported where they are used, because
-# whoever only loads a model needs none of them.
+# loading a model needs none of them.
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -56,9 +56,9 @@ def setting(default: Any, explanation: str, low: float = 0, high: float = 10**9)
 class HyperParameters:
     """The settings of a training. In Python they may be NumPy numbers or a Path, too.
 
-    learning_rate is that of the first step, a tenth of the highest. In epoch e of n,
-    dropout_rate is multiplied by max(0, 1 - 2e/n), and augmentation, the strength of
-    the random distortions, by min(1, 2 - 2e/n). So a single epoch has neither.
+    learning_rate is that of the first step, a tenth of the highest. dropout_rate and
+    augmentation, the strength of the random distortions, fade from epoch to epoch, so
+    a single epoch has neither.
 
     Raises ValueError, with the name of the field, for a value that makes no sense.
     """
@@ -79,7 +79,7 @@ class HyperParameters:
         5_000, "images held out to choose the epoch", 1, 59_999
     )
     device: str = setting("auto", "cpu, cuda, ...; auto takes a GPU if there is one")
-    precision: str = setting("auto", "float32; auto: bfloat16 if the CPU has it")
+    precision: str = setting("auto", "float32; auto: bfloat16 on a CPU that has it")
     data_dir: str = setting(
         os.environ.get("MNIST_DATA_DIR", "data"), "folder with MNIST/raw"
     )
@@ -92,7 +92,7 @@ class HyperParameters:
 
 
 def to_plain(value: Any, f: Field[Any]) -> int | float | str:
-    """The value as the field's own type, because a saved state holds only those."""
+    """The value as the field's own type, because a saved state can hold only those."""
     if f.type is str and isinstance(value, str | Path | torch.device):
         return str(value)
     kind: Any = f.type
@@ -166,7 +166,7 @@ def pick_device(name: str) -> torch.device:
 
 def has_bfloat16() -> bool:
     """Whether the CPU computes in bfloat16 by itself (AVX-512 BF16)."""
-    # torch does not tell before version 2.11.
+    # Before version 2.11, torch has no public function that tells.
     capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)()
     return capabilities.get("avx512_bf16", False)
 
@@ -296,9 +296,9 @@ def augment(images: Tensor, strength: float) -> Tensor:
 def fade(epoch: int, params: HyperParameters) -> tuple[float, float]:
     """The dropout rate and the strength of the augmentation in an epoch, from 1 on.
 
-    Dropout harms in late epochs (Rennie et al., 2014). Augmentation does, too: it blurs
-    the images, but those to be read are sharp. So dropout falls to 0 in the first half
-    of the training, and augmentation in the second.
+    Rennie et al. (2014) let dropout fade. In short trainings, a constant one harms
+    (RESULTS.md). Augmentation blurs the images, but those to be read are sharp. So
+    dropout falls to 0 in the first half of the training, augmentation in the second.
     """
     remaining = 1 - epoch / params.num_epochs
     dropout_rate = params.dropout_rate * max(0, 2 * remaining - 1)
@@ -374,7 +374,7 @@ def train_epoch(
     too small for them is left out. Raises FloatingPointError if the loss is not finite.
     """
     images, labels = training_set
-    # It depends on random_seed and the epoch, so --resume needs no generator's state.
+    # The seed depends on the epoch, so --resume needs no generator's state.
     seed = 1000 * params.random_seed + epoch
     torch.manual_seed(seed)
     order = torch.randperm(len(images)).to(images.device)
@@ -395,13 +395,12 @@ def train_epoch(
     )
     totals = torch.zeros(2, device=images.device)  # losses, correct answers
     num_seen = 0
-    progress = tqdm(
-        desc=f"Epoch {epoch}/{params.num_epochs}",
-        total=len(batches),
+    with tqdm(
+        batches,
+        f"Epoch {epoch}/{params.num_epochs}",
         disable=RANK > 0 or not (IN_NOTEBOOK or sys.stderr.isatty()),  # nobody looks
-    )
-    with progress:
-        for step, batch in enumerate(batches, 1):
+    ) as progress:
+        for step, batch in enumerate(progress, 1):
             share = batch[RANK::WORLD_SIZE]
             inputs = normalize(augment(images[share], augmentation))
             with autocast:
@@ -415,23 +414,17 @@ def train_epoch(
             correct = (logits.argmax(1) == labels[share]).sum()
             totals += torch.stack([loss.detach(), correct])
             num_seen += len(share)
-            progress.update()
-            if step % 50 == 0:  # not at every step: reading a number makes a GPU wait
-                show(progress, totals, num_seen)
-        if WORLD_SIZE > 1:
-            dist.all_reduce(totals)
-            num_seen = sum(map(len, batches))
-        mean_loss, accuracy = show(progress, totals, num_seen)
+            # Not at every step, because reading a number makes a GPU wait.
+            if step % 50 == 0 or step == len(batches):
+                mean_loss, accuracy = (totals / num_seen).tolist()
+                progress.set_postfix_str(f"loss={mean_loss:.3f}, acc={accuracy:.2%}")
+    if WORLD_SIZE > 1:
+        dist.all_reduce(totals)
+    num_images = sum(map(len, batches))
+    mean_loss, accuracy = (total / num_images for total in totals.tolist())
     if not math.isfinite(mean_loss):
         raise FloatingPointError(f"diverged in epoch {epoch}: lower learning_rate")
-    return mean_loss, accuracy
-
-
-def show(progress: tqdm, totals: Tensor, num_images: int) -> tuple[float, float]:
-    """Show the mean loss and the accuracy in percent at the bar, and return them."""
-    loss, accuracy = (total / num_images for total in totals.tolist())
-    progress.set_postfix_str(f"loss={loss:.3f}, acc={100 * accuracy:.2f}%")
-    return loss, 100 * accuracy
+    return mean_loss, 100 * accuracy
 
 
 def train_model(
@@ -441,8 +434,9 @@ def train_model(
 
     Whenever an epoch is the best so far, its weights are saved to `checkpoint`. The
     state of the training is saved to `<checkpoint>.resume`, before the first epoch and
-    after every one, and stays there. resume=True continues from that file and ends in
-    the same weights. It takes all settings but `device` and `data_dir` from there.
+    after every one, and stays there. resume=True continues from that file, and takes
+    all settings but `device` and `data_dir` from it. On the same CPU, with as many
+    threads, it ends in the same weights.
 
     Returns the model with the best weights, in eval mode, and all epochs' metrics. Only
     the first of several processes has them. What `prepare_training` sets for the whole
@@ -509,7 +503,7 @@ def train_model(
     if RANK == 0:
         seconds = sum(metrics["seconds"] for metrics in history)
         print(f"Training took {seconds:.0f} seconds on {device}")
-        write_tensors(best_model.state_dict(), path)  # the file may be another's
+        write_tensors(best_model.state_dict(), path)  # it may hold another training's
         best = best_epoch(history)
         accuracy = f"validation accuracy: {best['validation_accuracy']:.2f}%"
         print(f"Loaded best model from epoch {best['epoch']} with {accuracy}")
@@ -544,7 +538,8 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
 def load_model(model_path: str | Path, device: str = "auto") -> TinyCNN:
     """A TinyCNN, in eval mode, with the weights of a checkpoint.
 
-    Raises OSError or ValueError, with the name of the file, if it has no such weights.
+    Raises OSError or ValueError, with the name of the file, if it has no such weights,
+    and ValueError for a device that cannot be used.
     """
     model = TinyCNN()
     weights = read_tensors(model_path)
@@ -590,7 +585,7 @@ def load_and_evaluate_model(
 def plot_history(history: list[Metrics]) -> "Figure":
     """A matplotlib figure of the loss and the error rate of every epoch.
 
-    history: what `train_model` returns, or the content of a history file.
+    history: the metrics that `train_model` returns, or the content of a history file.
     """
     import matplotlib.pyplot as plt
 

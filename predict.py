@@ -51,7 +51,7 @@ def read_grey(picture: Picture) -> np.ndarray:
         if picture.mode[0] == "I":  # 16 bits, of which convert would clip most
             picture = picture.convert("I").point(lambda grey: grey / 256)
         picture = picture.convert("RGBA")
-    except Exception as error:  # a damaged file can raise nearly any of them
+    except Exception as error:  # a damaged file can raise almost anything
         if getattr(error, "strerror", None):
             raise  # no such file, no permission: the message says so
         raise OSError(f"{error}; export it as a JPEG or PNG") from error
@@ -108,10 +108,10 @@ def find_ink(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     ink = 1 - (grey + 0.02) / (find_paper(grey) + 0.02)
     ink = ndimage.gaussian_filter(ink, min(grey.shape) / SIDE)
     ink -= np.quantile(ink, 0.3)  # bare paper, even where most of it is covered
-    # About the standard deviation of bare paper. With much ink, it is higher.
+    # About the standard deviation of bare paper. With much ink it comes out too high.
     grain = 2.6 * np.quantile(abs(ink), 0.3)
     # A stroke ends where it is half as dark as ink usually is. What is a little fainter
-    # is ink as well if it is connected with a stroke. Both stand out from the grain.
+    # is ink as well if it is connected to a stroke. Both stand out from the grain.
     usual = ink[ink >= ink.max() / 2].mean()
     faint = ink > max(0.3 * usual, 6 * grain)
     faint &= ~(find_lines(faint) | find_lines(faint.T).T)
@@ -119,7 +119,7 @@ def find_ink(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if usual < 0.15 or not dark.any():
         raise ValueError("nothing is written on it, or it is too faint")
 
-    # A solid patch is a sheet, a card or a screen, and the digits are on it.
+    # A solid patch is taken for a sheet, a card or a screen with the digits on it.
     pieces, _ = ndimage.label(dark, NEIGHBOURS)
     patch = pieces == np.bincount(pieces[dark]).argmax()
     (box,) = ndimage.find_objects(patch.astype(int))
@@ -128,6 +128,8 @@ def find_ink(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         ink[box], dark[box] = find_ink(grey[box])
         patch = ndimage.binary_fill_holes(patch)
         dark &= ndimage.binary_erosion(patch, NEIGHBOURS, 1 + min(dark.shape) // 75)
+        if not dark.any():  # all of it was the rim of the patch
+            raise ValueError("nothing is written on it")
     return ink, dark
 
 
@@ -139,7 +141,7 @@ def find_sides(pieces: np.ndarray) -> np.ndarray:
 
 
 def erase_boxes(dark: np.ndarray) -> np.ndarray:
-    """Without the closed lines that have other ink inside: (H, W) bool."""
+    """The ink without closed lines around other ink: (H, W) bool."""
     pieces, _ = ndimage.label(dark, NEIGHBOURS)
     for number, place in enumerate(ndimage.find_objects(pieces), 1):
         piece = pieces[place] == number
@@ -154,32 +156,36 @@ def find_digits(dark: np.ndarray) -> np.ndarray:
 
     Raises ValueError if there are none.
     """
-    if not dark.any():  # all of it was the rim of a sheet
-        raise ValueError("nothing is written on it")
     pieces, _ = ndimage.label(erase_boxes(dark), NEIGHBOURS)
     top, bottom, left, right = find_sides(pieces)
     size = np.maximum(bottom - top, right - left)
     height, width = dark.shape
     inside = (top > 0) & (left > 0) & (bottom < height) & (right < width)
 
-    # Half of the ink is in pieces of this size or less. At the edge it counts little.
-    weight = 1 + np.bincount(pieces.flat)[1:] // np.where(inside, 1, 50)
+    # Half of the ink is in pieces that are as tall as this, or less. The ink of pieces
+    # at the edge counts little.
+    amount = np.bincount(pieces.flat)[1:]
+    weight = 1 + amount // np.where(inside, 1, 50)
     tall = np.median(size.repeat(weight))
     if tall < max(8, min(dark.shape) / 40):
-        raise ValueError("nothing is written on it, or it is too small: crop it")
+        raise ValueError(
+            "nothing is written on it, or it is too small: crop the picture"
+        )
 
-    # What is smaller is dirt, and what is larger is a drawing or a shadow.
+    # Much smaller pieces are dirt, and much larger ones are drawings or shadows.
     used = (size > 0.1 * tall) & (size < 2 * tall)
-    # At the edge, only what is as large as a digit is one.
+    # A piece at the edge must be about as large as a digit.
     used &= inside | (abs(size - tall) < 0.3 * tall)
     dark = np.append(False, used)[pieces]
 
     # A piece that is less tall than a digit belongs to what is very near to it.
     is_small = np.append(False, bottom - top < 0.6 * tall)[pieces]
     near = ndimage.maximum_filter(dark & is_small, 1 + int(tall / 8))
-    pieces = ndimage.label(dark | near, NEIGHBOURS)[0] * dark
+    pieces, _ = ndimage.label(dark | near, NEIGHBOURS)
+    pieces *= dark
 
-    # A digit continues the line whose last digit is beside it, so lines may slant.
+    # A digit continues the line whose last digit is at about its height, so lines may
+    # slant.
     top, bottom, left, right = find_sides(pieces)
     middle = (top + bottom) / 2
     lines: list[list[int]] = []
@@ -202,7 +208,7 @@ def find_digits(dark: np.ndarray) -> np.ndarray:
 
 
 def like_mnist(ink: np.ndarray) -> Tensor:
-    """The digit as LeCun et al. (1998) made them: (1, 28, 28) uint8.
+    """The digit as an image like those of LeCun et al. (1998): (1, 28, 28) uint8.
 
     The ink fits into 20x20 pixels, and its centre of mass lies in the middle of 28x28.
     """
@@ -225,7 +231,8 @@ def read_page(picture: Picture) -> tuple[Tensor, list[Box]]:
     grey = read_grey(picture)
     if grey.shape == (28, 28) and grey.any() and not grey[::27, ::27].any():
         # Light ink on black, as MNIST has it.
-        ink, digits = grey, (grey > 0).astype(int)
+        ink = grey
+        digits = (grey > 0).astype(int)
     else:
         ink, dark = find_ink(grey)
         digits = find_digits(dark)
@@ -293,8 +300,11 @@ def main() -> int:
         description=__doc__, formatter_class=RawDescriptionHelpFormatter
     )
     parser.add_argument("picture", nargs="+", help="photo, scan or drawing")
-    shipped = Path(__file__).with_name(CHECKPOINT)
-    parser.add_argument("--checkpoint", default=shipped, help="file of the weights")
+    parser.add_argument(
+        "--checkpoint",
+        default=Path(__file__).with_name(CHECKPOINT),
+        help="file of the weights",
+    )
     parser.add_argument(
         "--show", action="store_true", help="write what was read to PICTURE_read.png"
     )
@@ -309,10 +319,9 @@ def main() -> int:
         try:
             images, boxes = read_page(path)
             certainty, digits = infer(model, images).softmax(1).max(1)
-            answer = " ".join(map(str, digits.tolist()))
             least = certainty.min()
-            doubt = "not sure: " if least < NOT_SURE else ""
-            print(f"{path}: {doubt}{answer} ({least:.1%} sure)")
+            doubt = " not sure:" if least < NOT_SURE else ""
+            print(f"{path}:{doubt}", *digits.tolist(), f"({least:.1%} sure)")
             if arguments.show:
                 save_answer(path, images, boxes, digits.tolist())
         except (OSError, ValueError) as error:

@@ -254,7 +254,7 @@ def test_an_uncertain_answer_is_marked(tmp_path, monkeypatch, capsys):
 def test_the_snippets_of_the_readme_work(tmp_path):
     shutil.copy(CHECKPOINT, tmp_path)
     draw(SEVEN).save(tmp_path / "seven.jpg")
-    draw(ONE).save(tmp_path / "scan.png")
+    draw(ONE).save(tmp_path / "three.png")
     readme = SCRIPT.with_name("README.md").read_text()
     snippets = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     read, evaluate, train, by_hand = snippets
