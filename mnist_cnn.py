@@ -395,12 +395,13 @@ def train_epoch(
     )
     totals = torch.zeros(2, device=images.device)  # losses, correct answers
     num_seen = 0
-    with tqdm(
-        batches,
-        f"Epoch {epoch}/{params.num_epochs}",
+    progress = tqdm(
+        desc=f"Epoch {epoch}/{params.num_epochs}",
+        total=len(batches),
         disable=RANK > 0 or not (IN_NOTEBOOK or sys.stderr.isatty()),  # nobody looks
-    ) as progress:
-        for step, batch in enumerate(progress, 1):
+    )
+    with progress:
+        for step, batch in enumerate(batches, 1):
             share = batch[RANK::WORLD_SIZE]
             inputs = normalize(augment(images[share], augmentation))
             with autocast:
@@ -414,17 +415,23 @@ def train_epoch(
             correct = (logits.argmax(1) == labels[share]).sum()
             totals += torch.stack([loss.detach(), correct])
             num_seen += len(share)
-            # Not at every step, because reading a number makes a GPU wait.
-            if step % 50 == 0 or step == len(batches):
-                mean_loss, accuracy = (totals / num_seen).tolist()
-                progress.set_postfix_str(f"loss={mean_loss:.3f}, acc={accuracy:.2%}")
-    if WORLD_SIZE > 1:
-        dist.all_reduce(totals)
-    num_images = sum(map(len, batches))
-    mean_loss, accuracy = (total / num_images for total in totals.tolist())
+            progress.update()
+            if step % 50 == 0:  # not at every step: reading a number makes a GPU wait
+                show(progress, totals, num_seen)
+        if WORLD_SIZE > 1:
+            dist.all_reduce(totals)
+            num_seen = sum(map(len, batches))
+        mean_loss, accuracy = show(progress, totals, num_seen)
     if not math.isfinite(mean_loss):
         raise FloatingPointError(f"diverged in epoch {epoch}: lower learning_rate")
-    return mean_loss, 100 * accuracy
+    return mean_loss, accuracy
+
+
+def show(progress: tqdm, totals: Tensor, num_images: int) -> tuple[float, float]:
+    """Show the mean loss and the accuracy in percent at the bar, and return them."""
+    loss, accuracy = (total / num_images for total in totals.tolist())
+    progress.set_postfix_str(f"loss={loss:.3f}, acc={100 * accuracy:.2f}%")
+    return loss, 100 * accuracy
 
 
 def train_model(
@@ -653,7 +660,7 @@ def parse_flags(argv: list[str] | None = None) -> dict[str, Any]:
     for f in fields(HyperParameters):
         explanation = f"{f.metadata['help']} (default: {f.default})"
         flag = f"--{f.name.replace('_', '-')}"
-        parser.add_argument(flag, type=f.type, help=explanation)
+        parser.add_argument(flag, type=f.type, help=explanation.replace("%", "%%"))
     flags = vars(parser.parse_args(argv))
     others = flags.keys() - {"checkpoint", "device", "data_dir"}
     if len(others) > 1 and others & {"resume", "evaluate"}:

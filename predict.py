@@ -162,8 +162,8 @@ def find_digits(dark: np.ndarray) -> np.ndarray:
     height, width = dark.shape
     inside = (top > 0) & (left > 0) & (bottom < height) & (right < width)
 
-    # Half of the ink is in pieces that are as tall as this, or less. The ink of pieces
-    # at the edge counts little.
+    # Half of the ink is in pieces of this size or less. The ink of pieces at the edge
+    # counts little.
     amount = np.bincount(pieces.flat)[1:]
     weight = 1 + amount // np.where(inside, 1, 50)
     tall = np.median(size.repeat(weight))
