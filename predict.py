@@ -213,12 +213,11 @@ def like_mnist(ink: np.ndarray) -> Tensor:
     The ink fits into 20x20 pixels, and its centre of mass lies in the middle of 28x28.
     """
     side = max(ink.shape)
-    square = Image.fromarray(ink).crop((0, 0, side, side))
-    small = np.asarray(square.resize((20, 20))).clip(0)
-    y, x = np.rint(ndimage.center_of_mass(small)).astype(int)
-    padded = np.pad(255 * small / small.max(), 14)
-    image = padded[y : y + 28, x : x + 28]
-    return torch.from_numpy(image).round().byte()[None]
+    square = Image.fromarray(ink).crop((0, 0, side, side)).resize((20, 20))
+    y, x = ndimage.center_of_mass(np.asarray(square).clip(0))
+    centred = square.crop((x - 14, y - 14, x + 14, y + 14))
+    image = np.asarray(centred).clip(0)
+    return torch.from_numpy(255 * image / image.max()).round().byte()[None]
 
 
 def read_page(picture: Picture) -> tuple[Tensor, list[Box]]:
