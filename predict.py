@@ -307,7 +307,7 @@ def main() -> int:
     parser.add_argument(
         "--show", action="store_true", help="write what was read to PICTURE_read.png"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     try:
         model = load_model(arguments.checkpoint, device="cpu")
     except (OSError, ValueError) as error:

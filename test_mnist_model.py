@@ -5,7 +5,6 @@ where MNIST cannot be had; in CI it fails instead. "The reference" is the progra
 network and settings these are, https://github.com/rshekhar93/MNIST_TinyCNN_Optimizer.
 """
 
-import errno
 import json
 import math
 import os
@@ -16,6 +15,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from unittest.mock import Mock
 
 # Beside other work, several threads are many times slower than one.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from scipy.ndimage import affine_transform
+from scipy.spatial.transform import Rotation
 from torch import nn
 
 import mnist_cnn
@@ -100,31 +101,31 @@ def test_ends_in_a_fully_connected_layer():
     assert linear.weight.shape == (10, 784)
 
 
+LAYERS = """
+conv1.0 relu conv1.2 relu
+conv2.0 conv2.1 relu conv2.3 conv2.4 relu pool
+conv3.0 conv3.1 relu conv3.4 conv3.5 relu pool
+conv4.0 conv4.1 relu conv4.4 relu
+"""
+
+
 def test_shipped_checkpoint_has_the_keys_and_the_function_of_the_reference():
     weights = torch.load(CHECKPOINT, weights_only=True)
     images = torch.randint(256, (300, 1, 28, 28), dtype=torch.uint8)
     x = (images / 255 - 0.1307) / 0.3081
-    for conv, norm in (
-        ("conv1.0", None),
-        ("conv1.2", None),
-        ("conv2.0", "conv2.1"),
-        ("conv2.3", "conv2.4"),
-        ("conv3.0", "conv3.1"),
-        ("conv3.4", "conv3.5"),
-        ("conv4.0", "conv4.1"),
-        ("conv4.4", None),
-    ):
-        kernel = weights[f"{conv}.weight"]
-        x = F.conv2d(x, kernel, weights[f"{conv}.bias"], padding=kernel.shape[-1] // 2)
-        if norm:
-            mean, var, weight, bias = (
-                weights[f"{norm}.{key}"].view(-1, 1, 1)
-                for key in ("running_mean", "running_var", "weight", "bias")
-            )
-            x = (x - mean) / (var + 1e-5).sqrt() * weight + bias
-        x = x.relu()
-        if norm in ("conv2.4", "conv3.5"):
+    for layer in LAYERS.split():
+        weight, bias, mean, var = (
+            weights.get(f"{layer}.{key}")
+            for key in ("weight", "bias", "running_mean", "running_var")
+        )
+        if layer == "relu":
+            x = x.relu()
+        elif layer == "pool":
             x = F.max_pool2d(x, 2)
+        elif mean is None:
+            x = F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
+        else:
+            x = F.batch_norm(x, mean, var, weight, bias)
     expected = x.flatten(1) @ weights["fc.1.weight"].T + weights["fc.1.bias"]
 
     model = mnist_cnn.load_model(CHECKPOINT, device="cpu")
@@ -156,7 +157,6 @@ def test_defaults_are_those_of_the_reference():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("num_epochs", 0),
         ("num_epochs", 2.5),
         ("batch_size", "64"),
         ("learning_rate", math.nan),
@@ -186,37 +186,24 @@ def test_numpy_numbers_and_paths_become_plain_python():
 
 
 def test_validation_images_are_not_trained_on_and_do_not_depend_on_the_seed(params):
-    device = torch.device("cpu")
-    (training, _), (validation, _), _ = mnist_cnn.split_mnist(params, device)
+    (training, _), (validation, _), _ = mnist_cnn.split_mnist(params, "cpu")
     assert len(validation) == 128
     parts = torch.cat([training, validation])
     images, _ = mnist_cnn.read_mnist(params.data_dir, train=True)
-    assert_equal(parts.sum((1, 2, 3)).msort(), images.sum((1, 2, 3)).msort())
-    _, (again, _), _ = mnist_cnn.split_mnist(replace(params, random_seed=1), device)
+    assert parts.sum() == images.sum()
+    _, (again, _), _ = mnist_cnn.split_mnist(replace(params, random_seed=1), "cpu")
     assert_equal(again, validation)
 
 
-def damage(raw):
-    path = raw / "train-images-idx3-ubyte"
-    path.write_bytes(path.read_bytes()[:500])
-
-
-def no_network(*_, **__):
-    raise OSError("no network")
-
-
-@pytest.mark.parametrize(
-    ("spoil", "complaint"),
-    [
-        (damage, "cannot be read from {raw}, nor downloaded.*Delete what is"),
-        (shutil.rmtree, "{raw}.*four files.*--data-dir or MNIST_DATA_DIR.*no network"),
-    ],
-)
-def test_missing_data_is_explained(spoil, complaint, params, monkeypatch):
+def test_missing_data_is_explained(params, monkeypatch):
+    no_network = Mock(side_effect=OSError("no network"))
     monkeypatch.setattr("urllib.request.urlopen", no_network)
     raw = Path(params.data_dir, "MNIST/raw")
-    spoil(raw)
-    with pytest.raises(OSError, match=complaint.format(raw=re.escape(str(raw)))):
+    (raw / "train-images-idx3-ubyte").write_bytes(b"damaged")
+    with pytest.raises(OSError, match=r"nor downloaded to it\. Delete what is damaged"):
+        mnist_cnn.read_mnist(params.data_dir, train=True)
+    shutil.rmtree(raw)
+    with pytest.raises(OSError, match=r"few/MNIST/raw.*MNIST_DATA_DIR.*no network"):
         mnist_cnn.read_mnist(params.data_dir, train=True)
 
 
@@ -229,13 +216,12 @@ def test_augment_is_the_affine_transform_of_scipy():
     for image, result, (turn, size, stretch, shear, right, down) in zip(
         images, warped, drawn.T, strict=True
     ):
-        angle = math.radians(11 * turn)
-        rotation = np.array(  # the coordinates are y, x
-            [[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]]
-        )
+        # The coordinates are y, x.
+        rotation = Rotation.from_euler("z", -11 * turn, degrees=True)
         shearing = np.array([[1, 0], [0.19 * shear, 1]])
         stretching = np.diag([1.09**-stretch, 1.09**stretch])
-        matrix = rotation @ shearing @ stretching / (1 + 0.11 * size)
+        matrix = rotation.as_matrix()[:2, :2] @ shearing @ stretching
+        matrix /= 1 + 0.11 * size
         offset = np.array([1.5 * down, 1.5 * right]) + 13.5 - matrix @ [13.5, 13.5]
         expected = affine_transform(
             image[0], matrix, offset, order=1, mode="grid-constant"
@@ -269,8 +255,8 @@ def test_best_epoch_is_chosen_by_validation_accuracy_then_loss():
 
 def test_mistakes_are_counted_and_sorted_by_confidence():
     labels = torch.tensor([3, 3, 5, 7])
-    guesses = torch.tensor([5, 5, 5, 1])
-    logits = F.one_hot(guesses, 10) * torch.tensor([[1.0], [3], [9], [2]])
+    guesses = torch.eye(10)[[5, 5, 5, 1]]
+    logits = guesses * torch.tensor([[1], [3], [9], [2]])
     images = torch.zeros(4, 1, 28, 28)
     figure = mnist_cnn.plot_mistakes(images, labels, logits)
     assert figure.get_suptitle() == "3 of 4 images missed"
@@ -284,21 +270,23 @@ def test_mistakes_are_counted_and_sorted_by_confidence():
 def test_schedules_of_the_learning_rate_augmentation_and_dropout(monkeypatch):
     params = HyperParameters(num_epochs=5, batch_size=4)
     parts = mnist_cnn.prepare_training(params, 80, torch.device("cpu"))
-    model, optimizer, schedule = parts
-    rates, dropout = schedule.get_last_lr(), []
-    optimizer.register_step_post_hook(lambda *_: rates.extend(schedule.get_last_lr()))
+    model, _, schedule = parts
+    steps = []
+
+    def augment(images, strength):
+        dropout = {layer.p for layer in model.modules() if hasattr(layer, "p")}
+        steps.append((strength, *dropout, *schedule.get_last_lr()))
+        return images
+
+    monkeypatch.setattr(mnist_cnn, "augment", augment)
     training_set = torch.zeros(80, 1, 28, 28), torch.arange(80) % 10
-    strengths = []
-    monkeypatch.setattr(
-        mnist_cnn, "augment", lambda images, s: strengths.append(s) or images
-    )
     for epoch in range(1, 6):
         mnist_cnn.train_epoch(*parts, training_set, epoch, params)
-        dropout += {layer.p for layer in model.modules() if hasattr(layer, "p")}
-    assert dropout == pytest.approx([0.15, 0.05, 0, 0, 0])
+    strengths, dropout, rates = np.transpose(steps)
     assert strengths[::20] == pytest.approx([1, 1, 0.8, 0.4, 0])
-    assert (rates[0], max(rates)) == pytest.approx((0.0009, 0.009))
-    assert rates.index(max(rates)) == pytest.approx(30, abs=1)
+    assert dropout[::20] == pytest.approx([0.15, 0.05, 0, 0, 0])
+    assert (rates[0], rates.max()) == pytest.approx((0.0009, 0.009))
+    assert rates.argmax() == pytest.approx(30, abs=1)
     assert rates[-1] < 1e-5
 
 
@@ -313,44 +301,30 @@ def test_the_bar_ends_with_the_numbers_of_the_epoch(
     assert bar.endswith(f", loss={loss:.3f}, acc={accuracy:.2f}%]")
 
 
-def interrupt(*_):
-    raise KeyboardInterrupt
-
-
-def without_seconds(history):
-    return [metrics | {"seconds": 0} for metrics in history]
-
-
-@pytest.mark.parametrize("best", [0, -1])
-@pytest.mark.parametrize("batches", [5, 25])
+@pytest.mark.parametrize(("batches", "best"), [(5, -1), (25, 0)])
 def test_a_resumed_training_ends_like_an_uninterrupted_one(
     batches, best, params, tmp_path, monkeypatch
 ):
-    """Interrupted in the first and the third epoch, with the best before and after."""
+    """Interrupted in the first epoch or the third; the best comes after, or before."""
     monkeypatch.setattr(mnist_cnn, "best_epoch", lambda history: history[best])
+    monkeypatch.setattr("time.perf_counter", lambda: 0)
     whole, history = train_model(params, tmp_path / "whole.pth")
     path = tmp_path / "resumed.pth"
-
-    def interrupted(params, batches):
-        augment, left = mnist_cnn.augment, iter(range(batches))
+    older = replace(params, random_seed=7)  # another training, given up
+    for settings, count in ((older, 15), (params, batches)):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(
-                mnist_cnn,
-                "augment",
-                lambda *x: augment(*x) if next(left, None) is not None else interrupt(),
-            )
-            train_model(params, path)
+            steps = Mock(side_effect=[None] * count + [KeyboardInterrupt])
+            patch.setattr(mnist_cnn.tqdm, "update", steps)
+            train_model(settings, path)
 
-    interrupted(replace(params, random_seed=7), 15)  # an older training, given up
-    interrupted(params, batches)
     shutil.copy(CHECKPOINT, path)  # another training's weights
     here = HyperParameters(data_dir=params.data_dir)
     for _ in range(2):  # the second time, all epochs are finished
         resumed, again = train_model(here, path, resume=True)
-        assert_equal(without_seconds(again), without_seconds(history))
+        assert again == history
         assert_equal(resumed.state_dict(), whole.state_dict())
         assert_equal(dict(torch.load(path)), dict(whole.state_dict()))
-    assert [layer.p for layer in resumed.modules() if hasattr(layer, "p")] == [0.25] * 3
+    assert str(resumed) == str(TinyCNN())  # with its dropout
     assert not resumed.training
     assert all(weights.is_contiguous() for weights in resumed.state_dict().values())
 
@@ -363,30 +337,28 @@ def test_the_mean_gradient_of_three_processes_is_that_of_one(monkeypatch):
     images, labels = torch.randint(256, (62, 1, 28, 28)), torch.randint(10, (62,))
     draws = []
     monkeypatch.setattr(dist, "all_reduce", lambda _: None)
-    monkeypatch.setattr(
-        mnist_cnn, "augment", lambda images, _: draws.append(torch.rand(1)) or images
-    )
 
-    def gradient(rank, world_size, count):
+    def augment(images, _):
+        draws.append(torch.rand(1).item())
+        return images
+
+    monkeypatch.setattr(mnist_cnn, "augment", augment)
+
+    def gradient(rank, world_size, count=61):
         monkeypatch.setattr(mnist_cnn, "RANK", rank)
         monkeypatch.setattr(mnist_cnn, "WORLD_SIZE", world_size)
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
-        optimizer = torch.optim.Adam(model.parameters())
-        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
         training_set = images[:count], labels[:count]
-        mnist_cnn.train_epoch(model, optimizer, schedule, training_set, 1, params)
-        return torch.cat([weight.grad.flatten() for weight in model.parameters()])
+        mnist_cnn.train_epoch(model, Mock(), Mock(), training_set, 1, params)
+        return model[1].weight.grad
 
-    one = gradient(0, 1, 61)
-    several = torch.stack([gradient(rank, 3, 61) for rank in range(3)])
+    one = gradient(0, 1)
+    several = torch.stack([gradient(rank, 3) for rank in range(3)])
     torch.testing.assert_close(several.mean(0), one, rtol=1e-4, atol=1e-6)
-
-    draws.clear()
-    for rank in range(3):
-        gradient(rank, 3, 62)
-    assert len(draws) == 3  # each takes one step: the last batch of 1 is too small
-    assert len({value.item() for value in draws}) == 3
+    assert len(set(draws)) == 4
+    gradient(0, 3, count=62)  # takes one step: the last batch of 1 is too small
+    assert len(draws) == 5
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="torchrun is not for Windows")
@@ -397,7 +369,6 @@ def test_torchrun_trains_with_two_processes(params, tmp_path):
     result = run(*command, SCRIPT, *flags, data_dir, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "FutureWarning" not in result.stderr
-    assert result.stdout.count("Epoch 1/1 - ") == 1
     of_epoch, of_file = re.findall(r"(?:Acc|test accuracy): (.*%)\n", result.stdout)
     assert of_epoch.endswith(of_file)
 
@@ -413,38 +384,27 @@ class Malicious:
 @pytest.mark.parametrize(
     ("write", "complaint"),
     [
-        (lambda path: None, "No such file"),
         (lambda path: path.write_bytes(CHECKPOINT.read_bytes()[:9_000]), "damaged"),
         (lambda path: torch.save({"fc.1.bias": Malicious()}, path), "damaged"),
-        (lambda path: torch.save(nn.Linear(2, 2).state_dict(), path), "another model"),
+        (lambda path: torch.save({}, path), "of another model"),
     ],
-    ids=["missing", "cut short", "malicious", "other"],
 )
 def test_a_file_that_is_no_checkpoint_is_named(write, complaint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    path = tmp_path / "some.pth"
-    write(path)
-    with pytest.raises((OSError, ValueError), match=complaint) as caught:
-        mnist_cnn.load_and_evaluate_model(path, HyperParameters())
-    assert str(path) in str(caught.value)
+    write(Path("some.pth"))
+    with pytest.raises(ValueError, match=f"^some.pth is {complaint}"):
+        mnist_cnn.load_model("some.pth")
     assert not Path("executed").exists()
 
 
-def fill_the_disk(*_):
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-@pytest.mark.parametrize(
-    ("fail", "expected"),
-    [(interrupt, KeyboardInterrupt), (fill_the_disk, OSError)],
-)
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(
-    fail, expected, tmp_path, monkeypatch
+    error, tmp_path, monkeypatch
 ):
     path = tmp_path / "model.pth"
     mnist_cnn.write_tensors({"epoch": 1}, path)
-    monkeypatch.setattr(Path, "replace", fail)
-    with pytest.raises(expected):
+    monkeypatch.setattr(Path, "replace", Mock(side_effect=error))
+    with pytest.raises(error):
         mnist_cnn.write_tensors({"epoch": 2}, path)
     assert mnist_cnn.read_tensors(path) == {"epoch": 1}
     assert list(tmp_path.iterdir()) == [path]
@@ -480,67 +440,59 @@ def test_the_script_alone_in_a_folder_trains_and_evaluates(params, tmp_path):
     history = json.loads((tmp_path / "best_mnist_model_history.json").read_text())
     assert [metrics["epoch"] for metrics in history] == list(range(1, 10))
     assert best_validation == max(metrics["validation_accuracy"] for metrics in history)
-    assert mnist_cnn.plot_history(history).axes
 
     result = run(*command, "--evaluate", cwd=tmp_path)
     assert f"Current test accuracy: {tested:.2f}%\n" in result.stdout
-    names = ["mnist_cnn.py", "few", "best_mnist_model.pth"]
-    names += ["best_mnist_model_history.json", "best_mnist_model_curves.png"]
-    names += ["best_mnist_model_mistakes.png"]
-    assert {path.name for path in tmp_path.iterdir()} == set(names)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "few",
+        "mnist_cnn.py",
+        "best_mnist_model.pth",
+        "best_mnist_model_history.json",
+        "best_mnist_model_curves.png",
+        "best_mnist_model_mistakes.png",
+    }
     assert run(*command, "--help", cwd=tmp_path).returncode == 0
 
 
 @pytest.fixture
-def main(params, tmp_path, monkeypatch, capsys):
-    """The command line, in an empty folder: from flags to status, output and errors."""
+def main(params, tmp_path, monkeypatch):
+    """The command line, in an empty folder."""
 
     def call(flags):
-        flags += f" --data-dir {params.data_dir}"
-        monkeypatch.setattr(sys, "argv", ["mnist_cnn.py", *flags.split()])
-        status = 0
-        try:
-            mnist_cnn.main()
-        except SystemExit as stop:  # Python would print a text, and exit with 1
-            status = stop.code
-            if isinstance(status, str):
-                print(status, file=sys.stderr)
-                status = 1
-        return status, *capsys.readouterr()
+        argv = ["mnist_cnn.py", "--data-dir", params.data_dir, *flags.split()]
+        monkeypatch.setattr(sys, "argv", argv)
+        mnist_cnn.main()
 
     monkeypatch.chdir(tmp_path)
     return call
 
 
-def test_a_training_that_stops_at_its_figures_can_be_resumed(main, monkeypatch):
+def test_a_training_that_stops_at_its_figures_can_be_resumed(main, monkeypatch, capsys):
+    interrupt = Mock(side_effect=KeyboardInterrupt)
     with monkeypatch.context() as patch:
         patch.setattr(mnist_cnn, "plot_history", interrupt)
-        status, _, errors = main("--num-epochs 1 --validation-size 100")
-    assert (status, errors) == (
-        1,
-        "\nStopped. --resume continues a training that has begun its first epoch.\n",
-    )
-    status, output, errors = main("--resume")
-    assert (status, errors) == (0, "")
+        with pytest.raises(SystemExit, match=r"^\nStopped. --resume continues a .*\.$"):
+            main("--num-epochs 1 --validation-size 100")
+    main("--resume")
+    output = capsys.readouterr().out
     assert "Continuing after epoch 1 with HyperParameters(num_epochs=1" in output
     assert Path("best_mnist_model_curves.png").exists()
     assert not Path("best_mnist_model.pth.resume").exists()
     monkeypatch.setattr(mnist_cnn, "report", interrupt)
-    assert main("--evaluate") == (1, "", "\nStopped.\n")
+    with pytest.raises(SystemExit, match=r"^\nStopped\.$"):
+        main("--evaluate")
 
 
 def test_a_training_that_diverges_stops(main, monkeypatch):
     monkeypatch.setattr(mnist_cnn, "augment", lambda images, _: images * math.nan)
-    status, _, errors = main("--num-epochs 1 --validation-size 100")
-    assert status == 1
-    assert errors == "error: diverged in epoch 1: lower learning_rate\n"
+    with pytest.raises(SystemExit, match=r"^error: diverged in epoch 1: lower"):
+        main("--num-epochs 1 --validation-size 100")
 
 
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
         ("--num-epochs 0", "num_epochs is 0, but must be int from 1 to 999"),
-        ("--num-epochs many", "argument --num-epochs: invalid int value: 'many'"),
         ("--epochs 3", "unrecognized arguments: --epochs 3"),
         ("--device gpu", "device gpu cannot be used, but --device cpu can"),
         ("--device cuda:99", "device cuda:99 cannot be used, but --device cpu can"),
@@ -552,17 +504,16 @@ def test_a_training_that_diverges_stops(main, monkeypatch):
         ("--checkpoint few", "few is not the name of a file"),
     ],
 )
-def test_a_wrong_flag_is_explained_in_a_line(flags, complaint, main):
-    status, output, errors = main(flags)
-    assert status == (2 if errors.startswith("usage") else 1)  # 2 is argparse's
+def test_a_wrong_flag_is_explained_in_a_line(flags, complaint, main, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(flags)
+    output, errors = capsys.readouterr()  # argparse writes to stderr by itself
     assert output == ""
-    assert complaint in errors.splitlines()[-1]
+    assert complaint in f"{stop.value}{errors}".splitlines()[-1]
 
 
 def test_a_gpu_that_this_torch_cannot_use_is_an_error(monkeypatch):
-    def no_kernel(_):
-        raise RuntimeError("no kernel image is available for execution on the device")
-
+    no_kernel = Mock(side_effect=RuntimeError("no kernel image"))
     monkeypatch.setattr(torch.Tensor, "exp", no_kernel)
     with pytest.raises(ValueError, match="--device cpu can: no kernel image"):
         mnist_cnn.pick_device("auto")
