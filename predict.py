@@ -114,8 +114,10 @@ def find_ink(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     # is ink as well if it is connected to a stroke. Both stand out from the grain.
     usual = ink[ink >= ink.max() / 2].mean()
     faint = ink > max(0.3 * usual, 6 * grain)
-    faint &= ~(find_lines(faint) | find_lines(faint.T).T)
-    dark = ndimage.binary_propagation(faint & (ink > usual / 2), NEIGHBOURS, faint)
+    level, upright = find_lines(faint), find_lines(faint.T).T
+    faint &= ~(level | upright)
+    strokes = faint & (ink > usual / 2)
+    dark = ndimage.binary_propagation(strokes, NEIGHBOURS, faint)
     if usual < 0.15 or not dark.any():
         raise ValueError("nothing is written on it, or it is too faint")
 
@@ -124,10 +126,12 @@ def find_ink(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     patch = pieces == np.bincount(pieces[dark]).argmax()
     (box,) = ndimage.find_objects(patch.astype(int))
     height, width = patch[box].shape
-    if patch.mean() > 0.1 and patch[box].mean() > 0.7 and 0.4 < height / width < 2.5:
+    is_solid = patch.mean() > 0.1 and patch[box].mean() > 0.7
+    if is_solid and 0.4 < height / width < 2.5:
         ink[box], dark[box] = find_ink(grey[box])
         patch = ndimage.binary_fill_holes(patch)
-        dark &= ndimage.binary_erosion(patch, NEIGHBOURS, 1 + min(dark.shape) // 75)
+        rim = 1 + min(dark.shape) // 75
+        dark &= ndimage.binary_erosion(patch, NEIGHBOURS, rim)
         if not dark.any():  # all of it was the rim of the patch
             raise ValueError("nothing is written on it")
     return ink, dark
