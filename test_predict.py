@@ -34,6 +34,12 @@ def draw(strokes, paper=235, pen=30, width=14):
     return with_lines(Image.new("L", (200, 200), paper), [strokes], pen, width)
 
 
+def in_a_cell(picture):
+    """The cell of a printed form, drawn over a copy of the picture."""
+    cell = [(0, 25, 200, 25), (0, 180, 200, 180), (25, 0, 25, 200), (180, 0, 180, 200)]
+    return with_lines(picture, cell, 0, 4)
+
+
 def read(picture):
     digits, _, _ = predict.predict_page(MODEL, picture)
     return digits.tolist()
@@ -48,11 +54,12 @@ def test_the_shipped_checkpoint_reads_pictures_of_every_kind(tmp_path):
     transparent = Image.new("L", (200, 200))
     transparent.putalpha(Image.fromarray(255 - pixels))
     small = Image.fromarray((235 - pixels) // 2).resize((14, 14))
-    cell = [(0, 25, 200, 25), (0, 180, 200, 180), (25, 0, 25, 200), (180, 0, 180, 200)]
+    lined = pixels.copy()
+    lined[::20] = np.minimum(lined[::20], 200)
     box = [(20, 20, 180, 20, 180, 180, 20, 180, 20, 20)]
     pictures = {
         "grey": seven,
-        "in the cell of a form": with_lines(seven, cell, 0, 4),
+        "in the cell of a form": in_a_cell(seven),
         "in a box": with_lines(seven, box, 60, 3),
         "with a fading stroke": with_lines(seven, [SEVEN[1:]], 155),
         "with a gap": with_lines(seven, [(0, 62, 200, 62)], 235, 4),
@@ -61,6 +68,8 @@ def test_the_shipped_checkpoint_reads_pictures_of_every_kind(tmp_path):
         "faint": draw(SEVEN, pen=190),
         "very bold": draw(SEVEN, width=45),
         "cut out": seven.crop((52, 32, 148, 168)),
+        "on lined paper": lined,
+        "in a dark box": np.pad(255 - pixels, 50, constant_values=255),
         "beside a dark edge": with_lines(seven, [(7, 0, 7, 200)], 0, 15),
         "in a shadow": (pixels * np.linspace(0.3, 1, 200)).astype(np.uint8),
         "turned": tmp_path / "turned.jpg",
@@ -192,14 +201,14 @@ def test_a_page_is_read_line_by_line(page):
 
 
 def test_a_line_may_slant():
-    page = Image.new("L", (700, 400), 235)
-    for i, strokes in enumerate((ONE, ONE, SEVEN, SEVEN)):
-        page.paste(draw(strokes), (150 * i, 150 - 40 * i))
-    assert read(page) == [1, 1, 7, 7]
+    page = Image.new("L", (1000, 500), 235)
+    for i, strokes in enumerate((ONE, ONE, ONE, SEVEN, SEVEN, SEVEN)):
+        page.paste(draw(strokes), (150 * i, 250 - 40 * i))
+    assert read(page) == [1, 1, 1, 7, 7, 7]
 
 
 def test_one_bad_picture_does_not_stop_the_others(tmp_path):
-    draw([]).save(tmp_path / "empty.png")
+    in_a_cell(draw([])).save(tmp_path / "empty.png")
     (tmp_path / "text.png").write_text("no picture")
     draw(SEVEN).save(tmp_path / "exif.png", exif=b"Exif\0\0garbage")
     draw(SEVEN).save(tmp_path / "größe.png")  # not to be printed in ASCII
