@@ -117,9 +117,8 @@ if __name__ == "__main__":
     except ImportError:
         sys.exit('Install Gradio first: pip install "gradio>=6"')
 
-    dot = np.zeros((100, 100), np.uint8)
-    dot[40:60, 45:55] = 255
-    infer(MODEL, read_page(dot)[0])  # the first time takes seconds
+    stroke = 255 * np.eye(100, dtype=np.uint8)
+    infer(MODEL, read_page(stroke)[0])  # the first time takes seconds
     with gr.Blocks(title="TinyCNN", analytics_enabled=False) as page:
         gr.Markdown(
             "# TinyCNN\n"
