@@ -109,6 +109,11 @@ def on_a_table(picture):
     return ImageOps.expand(picture, 200, 90).rotate(4, fillcolor=90)
 
 
+def on_a_black_table(picture):
+    """The sheet fills almost the whole picture."""
+    return ImageOps.expand(picture, 60, 35).rotate(4, fillcolor=35)
+
+
 def framed(picture):
     """In the middle of a frame that has more ink than the digits."""
     frame = ImageOps.expand(picture, (600, 400), 235)
@@ -152,7 +157,15 @@ def with_shade(picture):
 
 @pytest.mark.parametrize(
     "kind",
-    [on_squared_paper, on_a_table, framed, with_signs, in_grain, cut_by_the_edge],
+    [
+        on_squared_paper,
+        on_a_table,
+        on_a_black_table,
+        framed,
+        with_signs,
+        in_grain,
+        cut_by_the_edge,
+    ],
 )
 def test_a_page_of_every_kind_is_read(kind, page):
     assert read(kind(page)) == [1, 7, 7]
