@@ -98,11 +98,12 @@ def find_lines(dark: np.ndarray) -> np.ndarray:
     return lines
 
 
-def find_ink(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How much each pixel stands out from the paper around it, and which ones are ink.
+def find_ink(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How much each pixel stands out from the paper, the ink, and the sheet.
 
-    Both are (H, W), the first one from about 0 (paper) to 1, the other one bool. Raises
-    ValueError if nothing is written there.
+    All are (H, W). The first is from about 0 (paper) to 1. The others are bool: which
+    pixels are ink, and which are on the sheet and not at its edge. Raises ValueError if
+    nothing is written there.
     """
     contrast = grey - ndimage.uniform_filter(grey, 1 + min(grey.shape) // 2)
     if (contrast * contrast**2).sum() > 0:  # contrast**3 would be slow
@@ -126,18 +127,19 @@ def find_ink(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError("nothing is written on it, or it is too faint")
 
     # A solid patch is taken for a sheet, a card or a screen with the digits on it.
+    sheet = np.ones_like(dark)
     patch = pieces == np.bincount(pieces[dark]).argmax()
     (box,) = ndimage.find_objects(patch.astype(int))
     height, width = patch[box].shape
     is_solid = patch.mean() > 0.1 and patch[box].mean() > 0.7
     if is_solid and 0.4 < height / width < 2.5:
-        ink[box], dark[box] = find_ink(grey[box])
-        patch = ndimage.binary_fill_holes(patch)
-        rim = 1 + min(dark.shape) // 75
-        dark &= ndimage.binary_erosion(patch, NEIGHBOURS, rim)
-        if not dark.any():  # all of it was the rim of the patch
+        ink[box], dark[box], _ = find_ink(grey[box])
+        sheet = ndimage.binary_fill_holes(patch)
+        dark &= sheet
+        if not dark.any():
             raise ValueError("nothing is written on it")
-    return ink, dark
+    rim = 1 + min(dark.shape) // 75
+    return ink, dark, ndimage.binary_erosion(sheet, NEIGHBOURS, rim)
 
 
 def find_sides(pieces: np.ndarray) -> np.ndarray:
@@ -147,29 +149,17 @@ def find_sides(pieces: np.ndarray) -> np.ndarray:
     return np.reshape(sides, (-1, 4)).T
 
 
-def erase_boxes(dark: np.ndarray) -> np.ndarray:
-    """The ink without closed lines around other ink: (H, W) bool."""
-    pieces, _ = ndimage.label(dark, NEIGHBOURS)
-    for number, place in enumerate(ndimage.find_objects(pieces), 1):
-        piece = pieces[place] == number
-        inside = ndimage.binary_fill_holes(piece)
-        if dark[place][inside].sum() > 1.1 * piece.sum():
-            pieces[place][piece] = 0
-    return pieces > 0
-
-
-def find_digits(dark: np.ndarray) -> np.ndarray:
+def find_digits(dark: np.ndarray, sheet: np.ndarray) -> np.ndarray:
     """The digits, numbered from 1 in reading order, as (H, W) int: 0 is no digit.
 
-    Raises ValueError if there are none.
+    dark, sheet: (H, W) bool, the ink and the sheet as `find_ink` finds them. Raises
+    ValueError if there is no digit.
     """
-    pieces, _ = ndimage.label(erase_boxes(dark), NEIGHBOURS)
+    pieces, _ = ndimage.label(dark, NEIGHBOURS)
     top, bottom, left, right = find_sides(pieces)
     size = np.maximum(bottom - top, right - left)
-    height, width = dark.shape
-    rim = min(dark.shape) // 75  # the paper's estimate may erase the ink at the edge
-    inside = (top > rim) & (left > rim)
-    inside &= (bottom < height - rim) & (right < width - rim)
+    numbers = np.arange(1, 1 + len(size))
+    inside = ~np.isin(numbers, pieces[~sheet])
 
     # Half of the ink is in pieces of this size or less. The ink of pieces at the edge
     # counts little.
@@ -193,14 +183,17 @@ def find_digits(dark: np.ndarray) -> np.ndarray:
     pieces, _ = ndimage.label(dark | near, NEIGHBOURS)
     pieces *= dark
 
-    # A digit continues the line whose last digit is at about its height, so lines may
-    # slant.
     top, bottom, left, right = find_sides(pieces)
     middle = (top + bottom) / 2
+    is_digit = bottom - top > tall / 3
+    # A digit continues the line whose last digit is at about its height, so lines may
+    # slant.
     lines: list[list[int]] = []
     for digit in left.argsort():
-        if bottom[digit] - top[digit] < tall / 3:
-            continue  # a dash or a dot
+        around = (top[digit] < top) & (bottom[digit] > bottom)
+        around &= (left[digit] < left) & (right[digit] > right)
+        if not is_digit[digit] or (around & is_digit).any():
+            continue  # it is a dash, a dot, or a box around digits
         away = [abs(middle[line[-1]] - middle[digit]) for line in lines]
         if min(away, default=tall) < tall / 2:
             lines[np.argmin(away)].append(digit)
@@ -242,8 +235,8 @@ def read_page(picture: Picture) -> tuple[Tensor, list[Box]]:
         ink = grey
         digits = (grey > 0).astype(int)
     else:
-        ink, dark = find_ink(grey)
-        digits = find_digits(dark)
+        ink, dark, sheet = find_ink(grey)
+        digits = find_digits(dark, sheet)
     boxes = ndimage.find_objects(digits)
     each = [
         like_mnist(ink[box] * (digits[box] == number))
