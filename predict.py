@@ -98,12 +98,11 @@ def find_lines(dark: np.ndarray) -> np.ndarray:
     return lines
 
 
-def find_ink(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """How much each pixel stands out from the paper, the ink, and the sheet.
+def find_ink(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How much each pixel stands out from the paper around it, and which ones are ink.
 
-    All are (H, W). The first is from about 0 (paper) to 1. The others are bool: which
-    pixels are ink, and which are on the sheet and not at its edge. Raises ValueError if
-    nothing is written there.
+    Both are (H, W), the first one from about 0 (paper) to 1, the other one bool. Raises
+    ValueError if nothing is written there.
     """
     contrast = grey - ndimage.uniform_filter(grey, 1 + min(grey.shape) // 2)
     if (contrast * contrast**2).sum() > 0:  # contrast**3 would be slow
@@ -127,19 +126,17 @@ def find_ink(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         raise ValueError("nothing is written on it, or it is too faint")
 
     # A solid patch is taken for a sheet, a card or a screen with the digits on it.
-    sheet = np.ones_like(dark)
     patch = pieces == np.bincount(pieces[dark]).argmax()
     (box,) = ndimage.find_objects(patch.astype(int))
     height, width = patch[box].shape
     is_solid = patch.mean() > 0.1 and patch[box].mean() > 0.7
     if is_solid and 0.4 < height / width < 2.5:
-        ink[box], dark[box], _ = find_ink(grey[box])
-        sheet = ndimage.binary_fill_holes(patch)
-        dark &= sheet
-        if not dark.any():
+        ink[box], dark[box] = find_ink(grey[box])
+        patch = ndimage.binary_fill_holes(patch)
+        dark &= ndimage.binary_erosion(patch, NEIGHBOURS)
+        if not dark.any():  # all of it was the rim of the patch
             raise ValueError("nothing is written on it")
-    rim = 1 + min(dark.shape) // 75
-    return ink, dark, ndimage.binary_erosion(sheet, NEIGHBOURS, rim)
+    return ink, dark
 
 
 def find_sides(pieces: np.ndarray) -> np.ndarray:
@@ -149,17 +146,27 @@ def find_sides(pieces: np.ndarray) -> np.ndarray:
     return np.reshape(sides, (-1, 4)).T
 
 
-def find_digits(dark: np.ndarray, sheet: np.ndarray) -> np.ndarray:
+def erase_boxes(dark: np.ndarray) -> np.ndarray:
+    """The ink without closed lines around other ink: (H, W) bool."""
+    pieces, _ = ndimage.label(dark, NEIGHBOURS)
+    for number, place in enumerate(ndimage.find_objects(pieces), 1):
+        piece = pieces[place] == number
+        inside = ndimage.binary_fill_holes(piece)
+        if dark[place][inside].sum() > 1.1 * piece.sum():
+            pieces[place][piece] = 0
+    return pieces > 0
+
+
+def find_digits(dark: np.ndarray) -> np.ndarray:
     """The digits, numbered from 1 in reading order, as (H, W) int: 0 is no digit.
 
-    dark, sheet: (H, W) bool, the ink and the sheet as `find_ink` finds them. Raises
-    ValueError if there is no digit.
+    Raises ValueError if there are none.
     """
-    pieces, _ = ndimage.label(dark, NEIGHBOURS)
+    pieces, _ = ndimage.label(erase_boxes(dark), NEIGHBOURS)
     top, bottom, left, right = find_sides(pieces)
     size = np.maximum(bottom - top, right - left)
-    numbers = np.arange(1, 1 + len(size))
-    inside = ~np.isin(numbers, pieces[~sheet])
+    height, width = dark.shape
+    inside = (top > 0) & (left > 0) & (bottom < height) & (right < width)
 
     # Half of the ink is in pieces of this size or less. The ink of pieces at the edge
     # counts little.
@@ -183,17 +190,14 @@ def find_digits(dark: np.ndarray, sheet: np.ndarray) -> np.ndarray:
     pieces, _ = ndimage.label(dark | near, NEIGHBOURS)
     pieces *= dark
 
-    top, bottom, left, right = find_sides(pieces)
-    middle = (top + bottom) / 2
-    is_digit = bottom - top > tall / 3
     # A digit continues the line whose last digit is at about its height, so lines may
     # slant.
+    top, bottom, left, right = find_sides(pieces)
+    middle = (top + bottom) / 2
     lines: list[list[int]] = []
     for digit in left.argsort():
-        around = (top[digit] < top) & (bottom[digit] > bottom)
-        around &= (left[digit] < left) & (right[digit] > right)
-        if not is_digit[digit] or (around & is_digit).any():
-            continue  # it is a dash, a dot, or a box around digits
+        if bottom[digit] - top[digit] < tall / 3:
+            continue  # a dash or a dot
         away = [abs(middle[line[-1]] - middle[digit]) for line in lines]
         if min(away, default=tall) < tall / 2:
             lines[np.argmin(away)].append(digit)
@@ -216,7 +220,7 @@ def like_mnist(ink: np.ndarray) -> Tensor:
     """
     side = max(ink.shape)
     square = Image.fromarray(ink).crop((0, 0, side, side)).resize((20, 20))
-    y, x = ndimage.center_of_mass(np.asarray(square).clip(0))
+    y, x = ndimage.center_of_mass(np.asarray(square))
     centred = square.crop((x - 14, y - 14, x + 14, y + 14))
     image = np.asarray(centred).clip(0)
     return torch.from_numpy(255 * image / image.max()).round().byte()[None]
@@ -235,8 +239,8 @@ def read_page(picture: Picture) -> tuple[Tensor, list[Box]]:
         ink = grey
         digits = (grey > 0).astype(int)
     else:
-        ink, dark, sheet = find_ink(grey)
-        digits = find_digits(dark, sheet)
+        ink, dark = find_ink(grey)
+        digits = find_digits(dark)
     boxes = ndimage.find_objects(digits)
     each = [
         like_mnist(ink[box] * (digits[box] == number))
