@@ -11,7 +11,6 @@ least certain digit.
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from io import TextIOWrapper
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,8 @@ Picture = str | Path | Image.Image | np.ndarray
 Box = tuple[slice, slice]  # rows and columns
 NEIGHBOURS = np.ones((3, 3))
 
-# A larger picture is shrunk until its shorter side has about as many pixels. A pen's
-# line is 0.4 mm wide, 1/500 of the width of a page, and still one pixel then.
+# A larger picture is shrunk by a whole number, so that its shorter side has about as
+# many pixels. A pen's line of 0.4 mm on a page is still about one pixel wide then.
 SIDE = 600
 NOT_SURE = 0.97  # see RESULTS.md for how often an answer below it is wrong
 
@@ -36,7 +35,7 @@ NOT_SURE = 0.97  # see RESULTS.md for how often an answer below it is wrong
 def read_grey(picture: Picture) -> np.ndarray:
     """The picture as if on white paper: (H, W) float32 from 0 (black) to 1 (white).
 
-    Raises OSError for a file that is no picture, and TypeError for what is neither a
+    Raises OSError for a file that cannot be read, and TypeError for what is neither a
     file name, a PIL image nor a uint8 array.
     """
     if isinstance(picture, np.ndarray) and picture.dtype == np.uint8:
@@ -67,7 +66,7 @@ def find_paper(grey: np.ndarray) -> np.ndarray:
     # The filters are slow, so they work on a smaller picture.
     picture = Image.fromarray(grey)
     small = np.asarray(picture.reduce(1 + min(grey.shape) // 75))
-    # They remove dark things that are narrower than half of the picture. It is
+    # They remove dark things that are narrower than half of the picture. The picture is
     # continued beyond its edge, so what touches it counts as paper: a dark corner, the
     # table under the sheet. The minimum reaches one pixel farther, because the sheet's
     # outline is blurred here: the table beside it would look like ink.
@@ -76,8 +75,23 @@ def find_paper(grey: np.ndarray) -> np.ndarray:
     brightest = ndimage.maximum_filter(padded, 2 * reach - 1)
     paper = ndimage.minimum_filter(brightest, 2 * reach + 1)
     paper = Image.fromarray(paper[reach:-reach, reach:-reach])
-    paper = paper.resize(picture.size, Image.Resampling.BILINEAR)
-    return np.asarray(paper)
+    return np.asarray(paper.resize(picture.size, Image.Resampling.BILINEAR))
+
+
+def erase_boxes(dark: np.ndarray) -> np.ndarray:
+    """The ink without closed lines around other ink: (H, W) bool.
+
+    What is most of the picture wide is left to `find_lines`, because digits may touch
+    the lines of a table.
+    """
+    pieces, _ = ndimage.label(dark, NEIGHBOURS)
+    for number, place in enumerate(ndimage.find_objects(pieces), 1):
+        piece = pieces[place] == number
+        inside = ndimage.binary_fill_holes(piece)
+        is_box = dark[place][inside].sum() > 1.1 * piece.sum()
+        if is_box and piece.shape[1] < 0.6 * dark.shape[1]:
+            pieces[place][piece] = 0
+    return pieces > 0
 
 
 def find_lines(dark: np.ndarray) -> np.ndarray:
@@ -116,14 +130,13 @@ def find_ink(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     # A stroke ends where it is half as dark as ink usually is. What is a little fainter
     # is ink as well if it is connected to a stroke. Both stand out from the grain.
     usual = ink[ink >= ink.max() / 2].mean()
-    faint = ink > max(0.3 * usual, 6 * grain)
-    level, upright = find_lines(faint), find_lines(faint.T).T
-    faint &= ~(level | upright)
+    faint = erase_boxes(ink > max(0.3 * usual, 6 * grain))
+    faint &= ~(find_lines(faint) | find_lines(faint.T).T)  # level and upright ones
     strokes = faint & (ink > usual / 2)
     pieces, _ = ndimage.label(faint, NEIGHBOURS)
     dark = np.isin(pieces, pieces[strokes])
     if usual < 0.15 or not dark.any():
-        raise ValueError("nothing is written on it, or it is too faint")
+        raise ValueError("nothing is written on it, or the writing is too faint")
 
     # A solid patch is taken for a sheet, a card or a screen with the digits on it.
     patch = pieces == np.bincount(pieces[dark]).argmax()
@@ -134,27 +147,19 @@ def find_ink(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         ink[box], dark[box] = find_ink(grey[box])
         patch = ndimage.binary_fill_holes(patch)
         dark &= ndimage.binary_erosion(patch, NEIGHBOURS)
-        if not dark.any():  # all of it was the rim of the patch
-            raise ValueError("nothing is written on it")
     return ink, dark
 
 
 def find_sides(pieces: np.ndarray) -> np.ndarray:
-    """The sides of N numbered pieces: top, bottom, left and right, (4, N) int."""
+    """The sides of N numbered pieces: top, bottom, left and right, (4, N) int.
+
+    Raises ValueError if there are none.
+    """
     boxes = ndimage.find_objects(pieces)
     sides = [(y.start, y.stop, x.start, x.stop) for y, x in boxes]
-    return np.reshape(sides, (-1, 4)).T
-
-
-def erase_boxes(dark: np.ndarray) -> np.ndarray:
-    """The ink without closed lines around other ink: (H, W) bool."""
-    pieces, _ = ndimage.label(dark, NEIGHBOURS)
-    for number, place in enumerate(ndimage.find_objects(pieces), 1):
-        piece = pieces[place] == number
-        inside = ndimage.binary_fill_holes(piece)
-        if dark[place][inside].sum() > 1.1 * piece.sum():
-            pieces[place][piece] = 0
-    return pieces > 0
+    if not sides:
+        raise ValueError("nothing is written on it")
+    return np.transpose(sides)
 
 
 def find_digits(dark: np.ndarray) -> np.ndarray:
@@ -162,7 +167,7 @@ def find_digits(dark: np.ndarray) -> np.ndarray:
 
     Raises ValueError if there are none.
     """
-    pieces, _ = ndimage.label(erase_boxes(dark), NEIGHBOURS)
+    pieces, _ = ndimage.label(dark, NEIGHBOURS)
     top, bottom, left, right = find_sides(pieces)
     size = np.maximum(bottom - top, right - left)
     height, width = dark.shape
@@ -175,7 +180,7 @@ def find_digits(dark: np.ndarray) -> np.ndarray:
     tall = np.median(size.repeat(weight))
     if tall < max(8, min(dark.shape) / 40):
         raise ValueError(
-            "nothing is written on it, or it is too small: crop the picture"
+            "nothing is written on it, or the writing is too small: crop the picture"
         )
 
     # Much smaller pieces are dirt, and much larger ones are drawings or shadows.
@@ -190,26 +195,27 @@ def find_digits(dark: np.ndarray) -> np.ndarray:
     pieces, _ = ndimage.label(dark | near, NEIGHBOURS)
     pieces *= dark
 
-    # A digit continues the line whose last digit is at about its height, so lines may
-    # slant.
+    # A digit continues the first line whose last digit is at about the same level. So
+    # lines may slant.
     top, bottom, left, right = find_sides(pieces)
     middle = (top + bottom) / 2
     lines: list[list[int]] = []
     for digit in left.argsort():
         if bottom[digit] - top[digit] < tall / 3:
             continue  # a dash or a dot
-        away = [abs(middle[line[-1]] - middle[digit]) for line in lines]
-        if min(away, default=tall) < tall / 2:
-            lines[np.argmin(away)].append(digit)
+        for line in lines:
+            if abs(middle[line[-1]] - middle[digit]) < tall / 2:
+                line.append(digit)
+                break
         else:
             lines.append([digit])
     if not lines:
         raise ValueError("no digit is written on it")
     lines.sort(key=lambda line: middle[line].mean())
 
+    order = np.concatenate(lines)
     number = np.zeros(1 + len(left), int)
-    for i, digit in enumerate(chain(*lines), 1):
-        number[1 + digit] = i
+    number[1 + order] = 1 + np.arange(len(order))
     return number[pieces]
 
 
@@ -291,9 +297,8 @@ def save_answer(path: str, images: Tensor, boxes: list[Box], digits: list[int]) 
     page, seen = figure.subplots(2, height_ratios=(4, 1))
     page.imshow(read_grey(path), "gray")
     for digit, (y, x) in zip(digits, boxes, strict=True):
-        columns = x.start, x.stop - x.start
-        rows = y.start, y.stop - y.start
-        page.broken_barh([columns], rows, facecolor="none", edgecolor="red")
+        columns = x.start, x.stop
+        page.fill_between(columns, y.start, y.stop, facecolor="none", edgecolor="red")
         page.text(x.start, y.start, digit, color="red")
     seen.imshow(make_grid(images, nrow=20)[0], "gray")
     figure.savefig(f"{Path(path).with_suffix('')}_read.png")
@@ -308,7 +313,7 @@ def main() -> int:
     parser.add_argument(
         "--checkpoint",
         default=Path(__file__).with_name(CHECKPOINT),
-        help="file of the weights",
+        help="weights file",
     )
     parser.add_argument(
         "--show", action="store_true", help="write what was read to PICTURE_read.png"

@@ -121,6 +121,14 @@ def framed(picture):
     return frame
 
 
+def in_boxes(picture):
+    """Each digit in a box of its own, almost as wide as a third of the page."""
+    sides = [(0, 0), (190, 0), (190, 180), (0, 180), (0, 0)]
+    corners = (5, 10), (205, 10), (5, 205)
+    boxes = [[(left + x, top + y) for x, y in sides] for left, top in corners]
+    return with_lines(picture, boxes, 60, 4)
+
+
 def with_signs(picture):
     """A minus, an equals sign, a colon and a long line stand between the digits."""
     signs = [
@@ -162,6 +170,7 @@ def with_shade(picture):
         on_a_table,
         on_a_black_table,
         framed,
+        in_boxes,
         with_signs,
         in_grain,
         cut_by_the_edge,
