@@ -1,4 +1,4 @@
-"""Read your own handwriting: digits on photos, scans and drawings.
+"""Read your own handwriting: digits in photos, scans and drawings.
 
 python predict.py seven.jpg page.png
 python predict.py --show page.png
@@ -241,7 +241,7 @@ def read_page(picture: Picture) -> tuple[Tensor, list[Box]]:
     """
     grey = read_grey(picture)
     if grey.shape == (28, 28) and grey.any() and not grey[::27, ::27].any():
-        # Light ink on black, as MNIST has it.
+        # Light ink on black, with black corners, as MNIST has it.
         ink = grey
         digits = (grey > 0).astype(int)
     else:
