@@ -29,6 +29,7 @@ NEIGHBOURS = np.ones((3, 3))
 # A larger picture is shrunk by a whole number, so that its shorter side has about as
 # many pixels. A pen's line of 0.4 mm on a page is still about one pixel wide then.
 SIDE = 600
+LONG = 0.6  # ruled lines and tables are longer, in widths of the picture
 NOT_SURE = 0.97  # see RESULTS.md for how often an answer below it is wrong
 
 
@@ -81,15 +82,14 @@ def find_paper(grey: np.ndarray) -> np.ndarray:
 def erase_boxes(dark: np.ndarray) -> np.ndarray:
     """The ink without closed lines around other ink: (H, W) bool.
 
-    What is most of the picture wide is left to `find_lines`, because digits may touch
-    the lines of a table.
+    A long one may be a table, whose lines digits may touch: `find_lines` finds those.
     """
     pieces, _ = ndimage.label(dark, NEIGHBOURS)
     for number, place in enumerate(ndimage.find_objects(pieces), 1):
         piece = pieces[place] == number
         inside = ndimage.binary_fill_holes(piece)
         is_box = dark[place][inside].sum() > 1.1 * piece.sum()
-        if is_box and piece.shape[1] < 0.6 * dark.shape[1]:
+        if is_box and piece.shape[1] < LONG * dark.shape[1]:
             pieces[place][piece] = 0
     return pieces > 0
 
@@ -106,7 +106,7 @@ def find_lines(dark: np.ndarray) -> np.ndarray:
     width = dark.shape[1]
     for slope in np.linspace(-0.12, 0.12, 73):  # up to 7 degrees
         line = (rows - slope * columns + width).astype(int)
-        long = np.flatnonzero(np.bincount(line) > 0.6 * width)
+        long = np.flatnonzero(np.bincount(line) > LONG * width)
         if long.size and np.ptp(long) > 2 * thick:
             lines[rows, columns] |= np.isin(line, long)
     return lines
@@ -158,7 +158,7 @@ def find_sides(pieces: np.ndarray) -> np.ndarray:
     boxes = ndimage.find_objects(pieces)
     sides = [(y.start, y.stop, x.start, x.stop) for y, x in boxes]
     if not sides:
-        raise ValueError("nothing is written on it")
+        raise ValueError("no digit is written on it")
     return np.transpose(sides)
 
 
