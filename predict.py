@@ -29,7 +29,6 @@ NEIGHBOURS = np.ones((3, 3))
 # A larger picture is shrunk by a whole number, so that its shorter side has about as
 # many pixels. A pen's line of 0.4 mm on a page is still about one pixel wide then.
 SIDE = 600
-LONG = 0.6  # ruled lines and tables are longer, in widths of the picture
 NOT_SURE = 0.97  # see RESULTS.md for how often an answer below it is wrong
 
 
@@ -54,7 +53,9 @@ def read_grey(picture: Picture) -> np.ndarray:
     except Exception as error:  # a damaged file can raise almost anything
         if getattr(error, "strerror", None):
             raise  # no such file, no permission: the message says so
-        raise OSError(f"{error}; export it as a JPEG or PNG") from error
+        raise OSError(
+            f"{error}; export it as a JPEG or PNG of less than 80 megapixels"
+        ) from error
     shrink = max(1, round(min(picture.size) / SIDE))
     picture = picture.reduce(shrink)
     paper = Image.new("L", picture.size, "white")
@@ -80,16 +81,19 @@ def find_paper(grey: np.ndarray) -> np.ndarray:
 
 
 def erase_boxes(dark: np.ndarray) -> np.ndarray:
-    """The ink without closed lines around other ink: (H, W) bool.
+    """The ink without closed lines around other ink, such as a circle: (H, W) bool.
 
-    A long one may be a table, whose lines digits may touch: `find_lines` finds those.
+    A table encloses several cells. `find_lines` finds its lines, even if digits touch
+    them.
     """
     pieces, _ = ndimage.label(dark, NEIGHBOURS)
     for number, place in enumerate(ndimage.find_objects(pieces), 1):
         piece = pieces[place] == number
         inside = ndimage.binary_fill_holes(piece)
-        is_box = dark[place][inside].sum() > 1.1 * piece.sum()
-        if is_box and piece.shape[1] < LONG * dark.shape[1]:
+        cells, _ = ndimage.label(inside & ~piece)
+        areas = np.bincount(cells.ravel())[1:]
+        encloses_ink = dark[place][inside].sum() > 1.1 * piece.sum()
+        if encloses_ink and areas.max() > 0.9 * areas.sum():
             pieces[place][piece] = 0
     return pieces > 0
 
@@ -106,7 +110,7 @@ def find_lines(dark: np.ndarray) -> np.ndarray:
     width = dark.shape[1]
     for slope in np.linspace(-0.12, 0.12, 73):  # up to 7 degrees
         line = (rows - slope * columns + width).astype(int)
-        long = np.flatnonzero(np.bincount(line) > LONG * width)
+        long = np.flatnonzero(np.bincount(line) > 0.6 * width)
         if long.size and np.ptp(long) > 2 * thick:
             lines[rows, columns] |= np.isin(line, long)
     return lines
@@ -136,7 +140,7 @@ def find_ink(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     pieces, _ = ndimage.label(faint, NEIGHBOURS)
     dark = np.isin(pieces, pieces[strokes])
     if usual < 0.15 or not dark.any():
-        raise ValueError("nothing is written on it, or the writing is too faint")
+        raise ValueError("no writing was found, or it is too faint")
 
     # A solid patch is taken for a sheet, a card or a screen with the digits on it.
     patch = pieces == np.bincount(pieces[dark]).argmax()
@@ -158,7 +162,7 @@ def find_sides(pieces: np.ndarray) -> np.ndarray:
     boxes = ndimage.find_objects(pieces)
     sides = [(y.start, y.stop, x.start, x.stop) for y, x in boxes]
     if not sides:
-        raise ValueError("no digit is written on it")
+        raise ValueError("no digit was found")
     return np.transpose(sides)
 
 
@@ -178,10 +182,8 @@ def find_digits(dark: np.ndarray) -> np.ndarray:
     amount = np.bincount(pieces.ravel())[1:]
     weight = 1 + amount // np.where(inside, 1, 50)
     tall = np.median(size.repeat(weight))
-    if tall < max(8, min(dark.shape) / 40):
-        raise ValueError(
-            "nothing is written on it, or the writing is too small: crop the picture"
-        )
+    if tall < 8:
+        raise ValueError("no writing was found, or it is too small: crop the picture")
 
     # Much smaller pieces are dirt, and much larger ones are drawings or shadows.
     used = (size > 0.1 * tall) & (size < 2 * tall)
@@ -210,7 +212,7 @@ def find_digits(dark: np.ndarray) -> np.ndarray:
         else:
             lines.append([digit])
     if not lines:
-        raise ValueError("no digit is written on it")
+        raise ValueError("no digit was found")
     lines.sort(key=lambda line: middle[line].mean())
 
     order = np.concatenate(lines)
@@ -240,13 +242,12 @@ def read_page(picture: Picture) -> tuple[Tensor, list[Box]]:
     picture without a digit.
     """
     grey = read_grey(picture)
-    if grey.shape == (28, 28) and grey.any() and not grey[::27, ::27].any():
-        # Light ink on black, with black corners, as MNIST has it.
-        ink = grey
-        digits = (grey > 0).astype(int)
-    else:
-        ink, dark = find_ink(grey)
-        digits = find_digits(dark)
+    if grey.shape == (28, 28) and grey.max() > 0.1 > grey[::27, ::27].max():
+        # Light ink on black, as MNIST has it. A JPEG's black is not quite black.
+        (box,) = ndimage.find_objects((grey > 0.1).astype(int))
+        return like_mnist(grey[box])[None], [box]
+    ink, dark = find_ink(grey)
+    digits = find_digits(dark)
     boxes = ndimage.find_objects(digits)
     each = [
         like_mnist(ink[box] * (digits[box] == number))
@@ -267,11 +268,16 @@ def predict_digits(model: nn.Module, pictures: Any) -> tuple[Tensor, Tensor]:
         raise TypeError("pictures must be a list, or a uint8 array (N, 28, 28)")
     if not len(pictures):
         raise ValueError("there are no pictures")
-    pages = [read_page(picture)[0] for picture in pictures]
-    for i, page in enumerate(pages):
+    images = []
+    for i, picture in enumerate(pictures):
+        try:
+            page, _ = read_page(picture)
+        except ValueError as error:
+            raise ValueError(f"pictures[{i}]: {error}") from error
         if len(page) > 1:
             raise ValueError(f"pictures[{i}] has several digits: use predict_page")
-    probabilities = infer(model, torch.cat(pages)).softmax(1)
+        images.append(page)
+    probabilities = infer(model, torch.cat(images)).softmax(1)
     return probabilities.argmax(1), probabilities
 
 

@@ -57,10 +57,13 @@ def test_the_shipped_checkpoint_reads_pictures_of_every_kind(tmp_path):
     lined = pixels.copy()
     lined[::20] = np.minimum(lined[::20], 200)
     box = [(20, 20, 180, 20, 180, 180, 20, 180, 20, 20)]
+    angles = np.linspace(0, 2 * np.pi, 50)
+    circle = [[(100 + 90 * np.sin(a), 100 + 90 * np.cos(a)) for a in angles]]
     pictures = {
         "grey": seven,
         "in the cell of a form": in_a_cell(seven),
         "in a box": with_lines(seven, box, 60, 3),
+        "in a circle": with_lines(seven, circle, 60, 3),
         "with a fading stroke": with_lines(seven, [SEVEN[1:]], 155),
         "with a gap": with_lines(seven, [(0, 62, 200, 62)], 235, 4),
         "in colour": np.asarray(seven.convert("RGB")),
@@ -89,6 +92,10 @@ def test_the_digit_is_fitted_like_those_of_mnist():
     assert np.ptp(rows) + 1 == 20
     assert center_of_mass(image) == pytest.approx((14, 14), abs=0.5)
     assert (predict.read_page(image)[0][0, 0].numpy() == image).all()
+    jpeg = image | 9  # black is not quite black there
+    jpeg[::27, ::27] = 0
+    rows, _ = (predict.read_page(jpeg)[0][0, 0].numpy() > 50).nonzero()
+    assert np.ptp(rows) + 1 == pytest.approx(20, abs=1)
 
 
 def test_a_bold_one_is_no_sheet():
@@ -127,6 +134,13 @@ def in_boxes(picture):
     corners = (5, 10), (205, 10), (5, 205)
     boxes = [[(left + x, top + y) for x, y in sides] for left, top in corners]
     return with_lines(picture, boxes, 60, 4)
+
+
+def on_a_large_sheet(picture):
+    """The digits are 12 of its 600 pixels tall, like 4 mm on A4."""
+    sheet = Image.new("L", (600, 600), 235)
+    sheet.paste(picture.resize((48, 32)))
+    return sheet
 
 
 def with_signs(picture):
@@ -171,6 +185,7 @@ def with_shade(picture):
         on_a_black_table,
         framed,
         in_boxes,
+        on_a_large_sheet,
         with_signs,
         in_grain,
         cut_by_the_edge,
@@ -182,7 +197,7 @@ def test_a_page_of_every_kind_is_read(kind, page):
 
 @pytest.mark.parametrize("kind", [in_grain, on_a_table, with_dust, with_shade])
 def test_nothing_is_read_on_a_blank_sheet(kind):
-    with pytest.raises(ValueError, match="written"):
+    with pytest.raises(ValueError, match="was found"):
         predict.read_page(kind(Image.new("L", (600, 400), 235)))
 
 
@@ -220,6 +235,8 @@ def test_a_page_is_read_line_by_line(page):
     assert [columns.start < 200 for _, columns in boxes] == [True, False, True]
     with pytest.raises(ValueError, match=r"pictures\[0\] has several digits"):
         predict.predict_digits(MODEL, [page])
+    with pytest.raises(ValueError, match=r"pictures\[1\]: no writing was found"):
+        predict.predict_digits(MODEL, [draw(SEVEN), draw([])])
 
 
 def test_a_line_may_slant():
