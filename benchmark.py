@@ -3,8 +3,9 @@
 python benchmark.py seeds --n 10    accuracy over ten seeds, mean ± sd
 python benchmark.py speed           speed of training, against a plain loop
 
-Both take the hyperparameters of mnist_cnn.py as further flags. `seeds` trains
-one seed per core at a time, on one thread each.
+Both take the hyperparameters of mnist_cnn.py as further flags. `seeds` trains with
+one thread per seed, and on as many seeds at a time as torch has threads. On a GPU it
+trains on one seed after the other. `speed` needs two epochs.
 """
 
 import io
@@ -164,7 +165,10 @@ def main() -> None:
     flags = mnist_cnn.parse_flags(others)
     if flags.keys() & {"resume", "evaluate", "checkpoint"}:
         parser.error("--resume, --evaluate and --checkpoint are flags of mnist_cnn.py")
-    params = HyperParameters(**flags)
+    try:
+        params = HyperParameters(**flags)
+    except ValueError as error:
+        parser.error(str(error))
     if arguments.measurement == "seeds":
         seeds(params, arguments.n)
     else:

@@ -200,7 +200,7 @@ def test_missing_data_is_explained(params, monkeypatch):
     no_network = Mock(side_effect=OSError("no network"))
     monkeypatch.setattr("urllib.request.urlopen", no_network)
     raw = Path(params.data_dir, "MNIST/raw")
-    named = re.escape(str(raw))
+    named = re.escape(f"{params.data_dir}/MNIST/raw")
     (raw / "train-images-idx3-ubyte").write_bytes(b"damaged")
     complaint = rf"cannot be read from {named}, nor downloaded.*Delete what is"
     with pytest.raises(OSError, match=complaint):
@@ -471,8 +471,8 @@ def main(params, tmp_path, monkeypatch, capsys):
     """The command line, in an empty folder: from flags to status, output and errors."""
 
     def call(flags):
-        flags += f" --data-dir {params.data_dir}"
-        monkeypatch.setattr(sys, "argv", ["mnist_cnn.py", *flags.split()])
+        argv = ["mnist_cnn.py", *flags.split(), "--data-dir", params.data_dir]
+        monkeypatch.setattr(sys, "argv", argv)
         status = 0
         try:
             mnist_cnn.main()
@@ -494,7 +494,8 @@ def test_a_training_that_stops_at_its_figures_can_be_resumed(main, monkeypatch):
         status, _, errors = main("--num-epochs 1 --validation-size 100")
     assert (status, errors) == (
         1,
-        "\nStopped. --resume continues a training that has begun its first epoch.\n",
+        "\nStopped. --resume --checkpoint best_mnist_model.pth continues a training "
+        "that has begun.\n",
     )
     status, output, errors = main("--resume")
     assert (status, errors) == (0, "")
