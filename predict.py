@@ -322,7 +322,9 @@ def main() -> int:
         help="weights file",
     )
     parser.add_argument(
-        "--show", action="store_true", help="write what was read to PICTURE_read.png"
+        "--show",
+        action="store_true",
+        help="draw what was read: seven_read.png for seven.jpg",
     )
     arguments = parser.parse_intermixed_args()
     try:
