@@ -155,15 +155,13 @@ def find_ink(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def find_sides(pieces: np.ndarray) -> np.ndarray:
-    """The sides of N numbered pieces: top, bottom, left and right, (4, N) int.
+    """The sides of numbered pieces: top, bottom, left and right, (4, 1 + N) int.
 
-    Raises ValueError if there are none.
+    Those of number 0, the paper, are all 0.
     """
     boxes = ndimage.find_objects(pieces)
     sides = [(y.start, y.stop, x.start, x.stop) for y, x in boxes]
-    if not sides:
-        raise ValueError("no digit was found")
-    return np.transpose(sides)
+    return np.transpose([(0, 0, 0, 0), *sides])
 
 
 def find_digits(dark: np.ndarray) -> np.ndarray:
@@ -179,9 +177,10 @@ def find_digits(dark: np.ndarray) -> np.ndarray:
 
     # Half of the ink is in pieces of this size or less. The ink of pieces at the edge
     # counts little.
-    amount = np.bincount(pieces.ravel())[1:]
+    amount = np.bincount(pieces.ravel())
     weight = 1 + amount // np.where(inside, 1, 50)
-    tall = np.median(size.repeat(weight))
+    weight[0] = 0
+    tall = np.median(size.repeat(weight)) if dark.any() else 0
     if tall < 8:
         raise ValueError("no writing was found, or it is too small: crop the picture")
 
@@ -189,11 +188,11 @@ def find_digits(dark: np.ndarray) -> np.ndarray:
     used = (size > 0.1 * tall) & (size < 2 * tall)
     # A piece at the edge must be about as large as a digit.
     used &= inside | (abs(size - tall) < 0.3 * tall)
-    dark = np.append(False, used)[pieces]
+    dark = used[pieces]
 
     # A piece that is less tall than a digit belongs to what is very near to it.
-    is_small = np.append(False, bottom - top < 0.6 * tall)[pieces]
-    near = ndimage.maximum_filter(dark & is_small, 1 + int(tall / 8))
+    is_small = bottom - top < 0.6 * tall
+    near = ndimage.maximum_filter(dark & is_small[pieces], 1 + int(tall / 8))
     pieces, _ = ndimage.label(dark | near, NEIGHBOURS)
     pieces *= dark
 
@@ -216,8 +215,8 @@ def find_digits(dark: np.ndarray) -> np.ndarray:
     lines.sort(key=lambda line: middle[line].mean())
 
     order = np.concatenate(lines)
-    number = np.zeros(1 + len(left), int)
-    number[1 + order] = 1 + np.arange(len(order))
+    number = np.zeros(len(left), int)
+    number[order] = 1 + np.arange(len(order))
     return number[pieces]
 
 
