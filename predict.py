@@ -90,10 +90,11 @@ def erase_boxes(dark: np.ndarray) -> np.ndarray:
     for number, place in enumerate(ndimage.find_objects(pieces), 1):
         piece = pieces[place] == number
         inside = ndimage.binary_fill_holes(piece)
+        if dark[place][inside].sum() <= 1.1 * piece.sum():
+            continue  # it encloses no ink
         cells, _ = ndimage.label(inside & ~piece)
         areas = np.bincount(cells.ravel())[1:]
-        encloses_ink = dark[place][inside].sum() > 1.1 * piece.sum()
-        if encloses_ink and areas.max() > 0.9 * areas.sum():
+        if areas.max() > 0.9 * areas.sum():
             pieces[place][piece] = 0
     return pieces > 0
 
