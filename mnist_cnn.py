@@ -158,7 +158,7 @@ def pick_device(name: str) -> torch.device:
         name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:
         return torch.ones(1, device=name).exp().device
-    except Exception as error:  # each kind of device has its own
+    except Exception as error:  # each kind of device raises its own
         raise ValueError(
             f"device {name} cannot be used, but --device cpu can: {error}"
         ) from error

@@ -180,7 +180,7 @@ def find_digits(dark: np.ndarray) -> np.ndarray:
     # counts little.
     amount = np.bincount(pieces.ravel())
     weight = 1 + amount // np.where(inside, 1, 50)
-    weight[0] = 0
+    weight[0] = 0  # the paper
     tall = np.median(size.repeat(weight)) if dark.any() else 0
     if tall < 8:
         raise ValueError("no writing was found, or it is too small: crop the picture")
