@@ -29,6 +29,7 @@ NEIGHBOURS = np.ones((3, 3))
 # A larger picture is shrunk by a whole number, so that its shorter side has about as
 # many pixels. A pen's line of 0.4 mm on a page is still about one pixel wide then.
 SIDE = 600
+FAINTEST = 0.15  # how much ink stands out at least, from 0 (paper) to 1 (black)
 NOT_SURE = 0.97  # see RESULTS.md for how often an answer below it is wrong
 
 
@@ -80,41 +81,41 @@ def find_paper(grey: np.ndarray) -> np.ndarray:
     return np.asarray(paper.resize(picture.size, Image.Resampling.BILINEAR))
 
 
-def erase_boxes(dark: np.ndarray) -> np.ndarray:
-    """The ink without closed lines around other ink, such as a circle: (H, W) bool.
+def find_lines(dark: np.ndarray) -> np.ndarray:
+    """The lines of ruled paper, of a table or a box, level or upright: (H, W) bool.
 
-    A table encloses several cells. `find_lines` finds its lines, even if digits touch
-    them.
+    Such lines are thin, most of the picture long, and there are two or more. Where a
+    stroke crosses one, the stroke is no part of it.
+    """
+    lines = np.zeros_like(dark)
+    for ink, found in (dark, lines), (dark.T, lines.T):
+        thick = 1 + min(ink.shape) // 25
+        thin = ndimage.white_tophat(ink, (thick, 1), mode="constant")
+        rows, columns = thin.nonzero()
+        width = ink.shape[1]
+        for slope in np.linspace(-0.12, 0.12, 73):  # up to 7 degrees
+            line = (rows - slope * columns + width).astype(int)
+            long = np.flatnonzero(np.bincount(line) > 0.6 * width)
+            if long.size and np.ptp(long) > 2 * thick:
+                found[rows, columns] |= np.isin(line, long)
+    return lines
+
+
+def erase_lines(dark: np.ndarray) -> np.ndarray:
+    """The ink without ruled lines, and without what encloses other ink: (H, W) bool.
+
+    Of a table or a row of boxes only the lines are erased, because digits may touch
+    them. What has no such lines, like a circle, is erased as a whole.
     """
     pieces, _ = ndimage.label(dark, NEIGHBOURS)
     for number, place in enumerate(ndimage.find_objects(pieces), 1):
         piece = pieces[place] == number
         inside = ndimage.binary_fill_holes(piece)
-        if dark[place][inside].sum() <= 1.1 * piece.sum():
-            continue  # it encloses no ink
-        cells, _ = ndimage.label(inside & ~piece)
-        areas = np.bincount(cells.ravel())[1:]
-        if areas.max() > 0.9 * areas.sum():
-            pieces[place][piece] = 0
-    return pieces > 0
-
-
-def find_lines(dark: np.ndarray) -> np.ndarray:
-    """The level lines of ruled paper, of a table or a form, as (H, W) bool.
-
-    Such lines are thin, most of the picture wide, and there are two or more. Where a
-    stroke crosses one, the stroke is no part of it.
-    """
-    thick = 1 + min(dark.shape) // 25
-    rows, columns = ndimage.white_tophat(dark, (thick, 1)).nonzero()
-    lines = np.zeros_like(dark)
-    width = dark.shape[1]
-    for slope in np.linspace(-0.12, 0.12, 73):  # up to 7 degrees
-        line = (rows - slope * columns + width).astype(int)
-        long = np.flatnonzero(np.bincount(line) > 0.6 * width)
-        if long.size and np.ptp(long) > 2 * thick:
-            lines[rows, columns] |= np.isin(line, long)
-    return lines
+        if dark[place][inside].sum() > 1.1 * piece.sum():
+            lines = find_lines(piece)
+            pieces[place][lines if lines.any() else piece] = 0
+    dark = pieces > 0
+    return dark & ~find_lines(dark)
 
 
 def find_ink(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -135,16 +136,18 @@ def find_ink(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     # A stroke ends where it is half as dark as ink usually is. What is a little fainter
     # is ink as well if it is connected to a stroke. Both stand out from the grain.
     usual = ink[ink >= ink.max() / 2].mean()
-    faint = erase_boxes(ink > max(0.3 * usual, 6 * grain))
-    faint &= ~(find_lines(faint) | find_lines(faint.T).T)  # level and upright ones
+    faint = erase_lines(ink > max(0.3 * usual, 6 * grain))
     strokes = faint & (ink > usual / 2)
     pieces, _ = ndimage.label(faint, NEIGHBOURS)
     dark = np.isin(pieces, pieces[strokes])
-    if usual < 0.15 or not dark.any():
+    # So are fainter digits that touch no such stroke.
+    others, _ = ndimage.label(ink > max(FAINTEST, 6 * grain), NEIGHBOURS)
+    dark |= (others > 0) & ~np.isin(others, others[ink > usual / 2])
+    if usual < FAINTEST or not strokes.any():
         raise ValueError("no writing was found, or it is too faint")
 
     # A solid patch is taken for a sheet, a card or a screen with the digits on it.
-    patch = pieces == np.bincount(pieces[dark]).argmax()
+    patch = pieces == np.bincount(pieces[strokes]).argmax()
     (box,) = ndimage.find_objects(patch.astype(int))
     height, width = patch[box].shape
     is_solid = patch.mean() > 0.1 and patch[box].mean() > 0.7
@@ -206,7 +209,7 @@ def find_digits(dark: np.ndarray) -> np.ndarray:
         if bottom[digit] - top[digit] < tall / 3:
             continue  # a dash or a dot
         for line in lines:
-            if abs(middle[line[-1]] - middle[digit]) < tall / 2:
+            if abs(middle[line[-1]] - middle[digit]) < 0.7 * tall:
                 line.append(digit)
                 break
         else:
@@ -228,10 +231,11 @@ def like_mnist(ink: np.ndarray) -> Tensor:
     """
     side = max(ink.shape)
     square = Image.fromarray(ink).crop((0, 0, side, side)).resize((20, 20))
-    y, x = ndimage.center_of_mass(np.asarray(square))
-    centred = square.crop((x - 14, y - 14, x + 14, y + 14))
-    image = np.asarray(centred).clip(0)
-    return torch.from_numpy(255 * image / image.max()).round().byte()[None]
+    image = np.asarray(square).clip(0)
+    image = (image / image.max()) ** 0.6  # a thin stroke would be too faint
+    y, x = ndimage.center_of_mass(image)
+    centred = Image.fromarray(image).crop((x - 14, y - 14, x + 14, y + 14))
+    return torch.from_numpy(255 * np.asarray(centred)).round().byte()[None]
 
 
 def read_page(picture: Picture) -> tuple[Tensor, list[Box]]:
