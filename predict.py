@@ -29,7 +29,7 @@ NEIGHBOURS = np.ones((3, 3))
 # A larger picture is shrunk by a whole number, so that its shorter side has about as
 # many pixels. A pen's line of 0.4 mm on a page is still about one pixel wide then.
 SIDE = 600
-FAINTEST = 0.15  # how much ink stands out at least, from 0 (paper) to 1 (black)
+FAINTEST = 0.15  # the least darkness of a stroke, from 0 (paper) to 1 (black)
 NOT_SURE = 0.97  # see RESULTS.md for how often an answer below it is wrong
 
 
@@ -82,14 +82,15 @@ def find_paper(grey: np.ndarray) -> np.ndarray:
 
 
 def find_lines(dark: np.ndarray) -> np.ndarray:
-    """The lines of ruled paper, of a table or a box, level or upright: (H, W) bool.
+    """The lines of ruled paper, or of a single table or box: (H, W) bool.
 
-    Such lines are thin, most of the picture long, and there are two or more. Where a
-    stroke crosses one, the stroke is no part of it.
+    Such lines are about level or upright, thin, and most of the picture long, and there
+    are two or more of them. Where a stroke crosses one, the stroke is no part of it.
     """
     lines = np.zeros_like(dark)
     for ink, found in (dark, lines), (dark.T, lines.T):
         thick = 1 + min(ink.shape) // 25
+        # A table's outer lines are the edge of the array: there is no ink beyond it.
         thin = ndimage.white_tophat(ink, (thick, 1), mode="constant")
         rows, columns = thin.nonzero()
         width = ink.shape[1]
@@ -140,18 +141,21 @@ def find_ink(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     strokes = faint & (ink > usual / 2)
     pieces, _ = ndimage.label(faint, NEIGHBOURS)
     dark = np.isin(pieces, pieces[strokes])
-    # So are fainter digits that touch no such stroke.
-    others, _ = ndimage.label(ink > max(FAINTEST, 6 * grain), NEIGHBOURS)
-    dark |= (others > 0) & ~np.isin(others, others[ink > usual / 2])
     if usual < FAINTEST or not strokes.any():
         raise ValueError("no writing was found, or it is too faint")
+    # Fainter digits are ink as well if they touch neither a stroke nor what was erased.
+    faintest = ink > max(FAINTEST, 6 * grain)
+    known = (ink > usual / 2) | (faintest & ~erase_lines(faintest))
+    others, _ = ndimage.label(faintest, NEIGHBOURS)
+    dark |= faintest & ~np.isin(others, others[known])
 
     # A solid patch is taken for a sheet, a card or a screen with the digits on it.
     patch = pieces == np.bincount(pieces[strokes]).argmax()
     (box,) = ndimage.find_objects(patch.astype(int))
     height, width = patch[box].shape
     is_solid = patch.mean() > 0.1 and patch[box].mean() > 0.7
-    if is_solid and 0.4 < height / width < 2.5:
+    is_part = patch[box].size < patch.size
+    if is_solid and is_part and 0.4 < height / width < 2.5:
         ink[box], dark[box] = find_ink(grey[box])
         patch = ndimage.binary_fill_holes(patch)
         dark &= ndimage.binary_erosion(patch, NEIGHBOURS)

@@ -56,14 +56,13 @@ def test_the_shipped_checkpoint_reads_pictures_of_every_kind(tmp_path):
     small = Image.fromarray((235 - pixels) // 2).resize((14, 14))
     lined = pixels.copy()
     lined[::20] = np.minimum(lined[::20], 200)
-    box = [(20, 20, 180, 20, 180, 180, 20, 180, 20, 20)]
     angles = np.linspace(0, 2 * np.pi, 50)
     circle = [[(100 + 90 * np.sin(a), 100 + 90 * np.cos(a)) for a in angles]]
     pictures = {
         "grey": seven,
         "in the cell of a form": in_a_cell(seven),
-        "in a box": with_lines(seven, box, 60, 3),
         "in a circle": with_lines(seven, circle, 60, 3),
+        "in a faint circle": with_lines(seven, circle, 190, 3),
         "with a fading stroke": with_lines(seven, [SEVEN[1:]], 155),
         "with a gap": with_lines(seven, [(0, 62, 200, 62)], 235, 4),
         "in colour": np.asarray(seven.convert("RGB")),
