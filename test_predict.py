@@ -56,11 +56,13 @@ def test_the_shipped_checkpoint_reads_pictures_of_every_kind(tmp_path):
     small = Image.fromarray((235 - pixels) // 2).resize((14, 14))
     lined = pixels.copy()
     lined[::20] = np.minimum(lined[::20], 200)
+    box = [(20, 20, 180, 20, 180, 180, 20, 180, 20, 20)]
     angles = np.linspace(0, 2 * np.pi, 50)
     circle = [[(100 + 90 * np.sin(a), 100 + 90 * np.cos(a)) for a in angles]]
     pictures = {
         "grey": seven,
         "in the cell of a form": in_a_cell(seven),
+        "in a box": with_lines(seven, box, 60, 3),
         "in a circle": with_lines(seven, circle, 60, 3),
         "in a faint circle": with_lines(seven, circle, 190, 3),
         "with a fading stroke": with_lines(seven, [SEVEN[1:]], 155),
@@ -95,6 +97,10 @@ def test_the_digit_is_fitted_like_those_of_mnist():
         rows, _ = fitted.nonzero()
         assert np.ptp(rows) + 1 == 20
         assert center_of_mass(fitted) == pytest.approx((14, 14), abs=0.5)
+    bar = np.zeros((28, 28), np.uint8)
+    bar[4:24, 10:19] = 100
+    bar[4:24, 12:17] = 255
+    assert (fit(bar) == np.where(bar == 100, 145, bar)).all()  # 255 (100 / 255)^0.6
     jpeg = image | 9  # black is not quite black there
     jpeg[::27, ::27] = 0
     rows, _ = (fit(jpeg) > 50).nonzero()
