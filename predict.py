@@ -145,9 +145,11 @@ def find_ink(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError("no writing was found, or it is too faint")
     # Fainter digits are ink as well if they touch neither a stroke nor what was erased.
     faintest = ink > max(FAINTEST, 6 * grain)
-    known = (ink > usual / 2) | (faintest & ~erase_lines(faintest))
     others, _ = ndimage.label(faintest, NEIGHBOURS)
-    dark |= faintest & ~np.isin(others, others[known])
+    others *= ~np.isin(others, others[ink > usual / 2])
+    if others.any():  # often there are none, and the search for lines is slow
+        erased = faintest & ~erase_lines(faintest)
+        dark |= (others > 0) & ~np.isin(others, others[erased])
 
     # A solid patch is taken for a sheet, a card or a screen with the digits on it.
     patch = pieces == np.bincount(pieces[strokes]).argmax()
