@@ -112,6 +112,13 @@ def test_a_bold_one_is_no_sheet():
     assert read(one) == [1]
 
 
+def test_a_patch_that_fills_the_picture_is_not_searched_for_ever():
+    lattice = np.full((60, 60), 140, np.uint8)
+    lattice[np.random.default_rng(0).random((60, 60)) < 0.15] = 0
+    lattice[::3, ::3] = 255
+    predict.read_page(lattice)  # a RecursionError before
+
+
 def on_squared_paper(picture):
     """Lines that the strokes cross, on paper that is slightly turned."""
     lines = []
