@@ -206,22 +206,26 @@ def find_digits(dark: np.ndarray) -> np.ndarray:
     pieces, _ = ndimage.label(dark | near, NEIGHBOURS)
     pieces *= dark
 
-    # A digit continues the first line whose last digit is at about the same level. So
-    # lines may slant.
     top, bottom, left, right = find_sides(pieces)
+    digits = left.argsort()
+    digits = digits[(bottom - top)[digits] >= tall / 3]  # no dashes and no dots
+    if not digits.size:
+        raise ValueError("no digit was found")
+
+    # A digit continues the first line whose last digit is at about the same level. So
+    # lines may slant. If no digit stands above another, they are a single line.
+    ends = np.maximum.accumulate(right[digits])
+    is_single = (left[digits[1:]] >= ends[:-1]).all()
+    reach = np.inf if is_single else 0.7 * tall
     middle = (top + bottom) / 2
     lines: list[list[int]] = []
-    for digit in left.argsort():
-        if bottom[digit] - top[digit] < tall / 3:
-            continue  # a dash or a dot
+    for digit in digits:
         for line in lines:
-            if abs(middle[line[-1]] - middle[digit]) < 0.7 * tall:
+            if abs(middle[line[-1]] - middle[digit]) < reach:
                 line.append(digit)
                 break
         else:
             lines.append([digit])
-    if not lines:
-        raise ValueError("no digit was found")
     lines.sort(key=lambda line: middle[line].mean())
 
     order = np.concatenate(lines)

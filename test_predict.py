@@ -263,11 +263,19 @@ def test_a_page_is_read_line_by_line(page):
         predict.predict_digits(MODEL, [draw(SEVEN), draw([])])
 
 
-def test_a_line_may_slant():
-    page = Image.new("L", (1000, 600), 235)
-    for i, strokes in enumerate((ONE, ONE, ONE, SEVEN, SEVEN, SEVEN)):
-        page.paste(draw(strokes), (150 * i, 400 - 75 * i))
-    assert read(page) == [1, 1, 1, 7, 7, 7]
+def test_lines_may_slant():
+    page = Image.new("L", (800, 900), 235)
+    for i, strokes in enumerate((ONE, ONE, SEVEN, SEVEN)):
+        page.paste(draw(strokes), (150 * i, 300 - 75 * i))
+        page.paste(draw(strokes), (150 * i, 600 - 75 * i))
+    assert read(page) == [1, 1, 7, 7] * 2
+
+
+def test_digits_of_which_none_stands_above_another_are_a_single_line():
+    page = Image.new("L", (600, 600), 235)
+    for strokes, corner in ((SEVEN, (0, 350)), (ONE, (200, 0)), (SEVEN, (400, 350))):
+        page.paste(draw(strokes), corner)
+    assert read(page) == [7, 1, 7]
 
 
 def test_one_bad_picture_does_not_stop_the_others(tmp_path):
