@@ -194,10 +194,9 @@ def find_digits(dark: np.ndarray) -> np.ndarray:
     if tall < 8:
         raise ValueError("no writing was found, or it is too small: crop the picture")
 
-    # Much smaller pieces are dirt, and much larger ones are drawings or shadows.
-    used = (size > 0.1 * tall) & (size < 2 * tall)
-    # A piece at the edge must be about as large as a digit.
-    used &= inside | (abs(size - tall) < 0.3 * tall)
+    # Much smaller pieces are dirt. At the edge, a piece must be about as large as a
+    # digit, or it is a shadow.
+    used = np.where(inside, size > 0.1 * tall, abs(size - tall) < 0.3 * tall)
     dark = used[pieces]
 
     # A piece that is less tall than a digit belongs to what is very near to it.

@@ -107,8 +107,9 @@ def test_the_digit_is_fitted_like_those_of_mnist():
     assert np.ptp(rows) + 1 == pytest.approx(20, abs=1)
 
 
-def test_a_bold_one_is_no_sheet():
-    one = with_lines(Image.new("L", (60, 160), 235), [(30, 10, 30, 150)], width=21)
+@pytest.mark.parametrize("width", [2, 21])
+def test_a_one_is_neither_a_ruled_line_nor_a_sheet(width):
+    one = with_lines(Image.new("L", (60, 160), 235), [(30, 10, 30, 150)], width=width)
     assert read(one) == [1]
 
 
@@ -145,9 +146,9 @@ def framed(picture):
 
 
 def in_boxes(picture):
-    """As in a form, where neighbouring boxes share a side."""
-    sides = [(0, 0), (200, 0), (200, 180), (0, 180), (0, 0)]
-    corners = (5, 10), (205, 10), (5, 205)
+    """As in a form, where neighbouring boxes share a side. The digits touch them."""
+    sides = [(0, 0), (200, 0), (200, 165), (0, 165), (0, 0)]
+    corners = (5, 10), (205, 10), (5, 228)
     boxes = [[(left + x, top + y) for x, y in sides] for left, top in corners]
     return with_lines(picture, boxes, 60, 4)
 
@@ -167,9 +168,8 @@ def partly_faint(picture):
 
 
 def with_signs(picture):
-    """A minus, an equals sign, a colon and a long line stand between the digits."""
+    """A minus, an equals sign and a colon stand between the digits."""
     signs = [
-        (420, 10, 420, 390),
         (280, 260, 340, 260),
         (280, 290, 340, 290),
         (280, 320, 340, 320),
@@ -180,8 +180,13 @@ def with_signs(picture):
 
 
 def cut_by_the_edge(picture):
-    """The last 7 has lost its lower end."""
-    return picture.crop((0, 0, 600, 340))
+    """The last 7 has lost its lower end, and a stroke at the top its upper end."""
+    return with_lines(picture.crop((0, 0, 600, 340)), [(500, 0, 500, 60)])
+
+
+def with_a_dark_corner(picture):
+    shade = np.linspace(1, 0, 400)[:, None] * np.linspace(1, 0, 600)
+    return (np.asarray(picture) * (1 - shade**2)).astype(np.uint8)
 
 
 def in_grain(picture):
@@ -191,7 +196,8 @@ def in_grain(picture):
 
 def with_dust(picture):
     dusty = np.array(picture)
-    dusty[50::100, 50::100] = 30
+    for corner in range(3):
+        dusty[corner::15, corner::15] = 30
     return dusty
 
 
@@ -211,7 +217,9 @@ def with_shade(picture):
         on_a_large_sheet,
         partly_faint,
         with_signs,
+        with_a_dark_corner,
         in_grain,
+        with_dust,
         cut_by_the_edge,
     ],
 )
