@@ -681,7 +681,7 @@ def join_processes(params: HyperParameters) -> None:
     kind = pick_device(params.device).type
     if kind != "cpu":
         torch.accelerator.set_device_index(pick_device(f"{kind}:{local_rank}"))
-    # On the CPU of a machine with a GPU, it would choose the GPU's backend, too.
+    # On a machine with a GPU, PyTorch would start the GPU's backend for the CPU, too.
     dist.init_process_group("gloo" if kind == "cpu" else None)
     if local_rank == 0:
         read_mnist(params.data_dir, train=True)  # one process downloads, others wait

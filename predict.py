@@ -26,8 +26,8 @@ Picture = str | Path | Image.Image | np.ndarray
 Box = tuple[slice, slice]  # rows and columns
 NEIGHBOURS = np.ones((3, 3))
 
-# A larger picture is shrunk by a whole number, so that its shorter side has about as
-# many pixels. A pen's line of 0.4 mm on a page is still about one pixel wide then.
+# A larger picture is shrunk by a whole number, so that its shorter side has 450 to 900
+# pixels. A pen's line of 0.4 mm on a page is still about one pixel wide then.
 SIDE = 600
 FAINTEST = 0.15  # the least darkness of a stroke, from 0 (paper) to 1 (black)
 NOT_SURE = 0.97  # see RESULTS.md for how often an answer below it is wrong
@@ -212,10 +212,10 @@ def find_digits(dark: np.ndarray) -> np.ndarray:
         raise ValueError("no digit was found")
 
     # A digit continues the first line whose last digit is at about the same level. So
-    # lines may slant. If no digit stands above another, they are a single line.
+    # lines may slant. If no two digits share a column, a line may jump up and down.
     ends = np.maximum.accumulate(right[digits])
-    is_single = (left[digits[1:]] >= ends[:-1]).all()
-    reach = np.inf if is_single else 0.7 * tall
+    may_jump = (left[digits[1:]] >= ends[:-1]).all()
+    reach = (2 if may_jump else 0.7) * tall
     middle = (top + bottom) / 2
     lines: list[list[int]] = []
     for digit in digits:

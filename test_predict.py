@@ -279,11 +279,12 @@ def test_lines_may_slant():
     assert read(page) == [1, 1, 7, 7] * 2
 
 
-def test_digits_of_which_none_stands_above_another_are_a_single_line():
+@pytest.mark.parametrize(("down", "digits"), [(180, [7, 1, 7]), (390, [1, 7, 7])])
+def test_a_line_may_jump_if_no_two_digits_share_a_column(down, digits):
     page = Image.new("L", (600, 600), 235)
-    for strokes, corner in ((SEVEN, (0, 350)), (ONE, (200, 0)), (SEVEN, (400, 350))):
+    for strokes, corner in ((SEVEN, (0, down)), (ONE, (200, 0)), (SEVEN, (400, down))):
         page.paste(draw(strokes), corner)
-    assert read(page) == [7, 1, 7]
+    assert read(page) == digits
 
 
 def test_one_bad_picture_does_not_stop_the_others(tmp_path):
