@@ -71,6 +71,8 @@ def seeds(params: HyperParameters, n: int) -> None:
                 mnist_cnn.EPOCH_LINE.format(**best),
                 flush=True,
             )
+        pool.close()
+        pool.join()  # a worker that is killed leaks tqdm's semaphore
     report("Test accuracy, best epoch on validation", chosen, "test_accuracy")
     report("Test accuracy, last epoch", last, "test_accuracy")
     report("Validation accuracy, best epoch", chosen, "validation_accuracy")
