@@ -96,9 +96,9 @@ def find_lines(dark: np.ndarray) -> np.ndarray:
         width = ink.shape[1]
         for slope in np.linspace(-0.12, 0.12, 73):  # up to 7 degrees
             line = (rows - slope * columns + width).astype(int)
-            long = np.flatnonzero(np.bincount(line) > 0.6 * width)
-            if long.size and np.ptp(long) > 2 * thick:
-                found[rows, columns] |= np.isin(line, long)
+            is_long = np.bincount(line) > 0.6 * width
+            if is_long.any() and np.ptp(is_long.nonzero()) > 2 * thick:
+                found[rows, columns] |= is_long[line]
     return lines
 
 
@@ -183,7 +183,7 @@ def find_digits(dark: np.ndarray) -> np.ndarray:
     top, bottom, left, right = find_sides(pieces)
     size = np.maximum(bottom - top, right - left)
     height, width = dark.shape
-    inside = (top > 0) & (left > 0) & (bottom < height) & (right < width)
+    inside = (top > 0) & (bottom < height) & (left > 0) & (right < width)
 
     # Half of the ink is in pieces of this size or less. The ink of pieces at the edge
     # counts little.
@@ -213,9 +213,8 @@ def find_digits(dark: np.ndarray) -> np.ndarray:
 
     # A digit continues the first line whose last digit is at about the same level. So
     # lines may slant. If no two digits share a column, a line may jump up and down.
-    ends = np.maximum.accumulate(right[digits])
-    may_jump = (left[digits[1:]] >= ends[:-1]).all()
-    reach = (2 if may_jump else 0.7) * tall
+    _, num_apart = ndimage.label(np.isin(pieces, digits).any(0))
+    reach = (2 if num_apart == len(digits) else 0.7) * tall
     middle = (top + bottom) / 2
     lines: list[list[int]] = []
     for digit in digits:
@@ -239,12 +238,13 @@ def like_mnist(ink: np.ndarray) -> Tensor:
     The ink fits into 20x20 pixels, and its centre of mass lies in the middle of 28x28.
     """
     side = max(ink.shape)
-    square = Image.fromarray(ink).crop((0, 0, side, side)).resize((20, 20))
-    image = np.asarray(square).clip(0)
+    square = Image.fromarray(ink).crop((0, 0, side, side))
+    image = np.asarray(square.resize((20, 20))).clip(0)
     image = (image / image.max()) ** 0.6  # a thin stroke would be too faint
     y, x = ndimage.center_of_mass(image)
-    centred = Image.fromarray(image).crop((x - 14, y - 14, x + 14, y + 14))
-    return torch.from_numpy(255 * np.asarray(centred)).round().byte()[None]
+    frame = x - 14, y - 14, x + 14, y + 14
+    pixels = 255 * np.asarray(Image.fromarray(image).crop(frame))
+    return torch.from_numpy(pixels).round().byte()[None]
 
 
 def read_page(picture: Picture) -> tuple[Tensor, list[Box]]:
@@ -255,12 +255,13 @@ def read_page(picture: Picture) -> tuple[Tensor, list[Box]]:
     picture without a digit.
     """
     grey = read_grey(picture)
-    if grey.shape == (28, 28) and grey.max() > 0.1 > grey[::27, ::27].max():
+    corners = grey[::27, ::27]
+    if grey.shape == (28, 28) and grey.max() > 0.1 > corners.max():
         # Light ink on black, as MNIST has it. A JPEG's black is not quite black.
-        (box,) = ndimage.find_objects((grey > 0.1).astype(int))
-        return like_mnist(grey[box])[None], [box]
-    ink, dark = find_ink(grey)
-    digits = find_digits(dark)
+        ink, digits = grey, (grey > 0.1).astype(int)
+    else:
+        ink, dark = find_ink(grey)
+        digits = find_digits(dark)
     boxes = ndimage.find_objects(digits)
     each = [
         like_mnist(ink[box] * (digits[box] == number))
