@@ -213,8 +213,8 @@ def find_digits(dark: np.ndarray) -> np.ndarray:
 
     # A digit continues the first line whose last digit is at about the same level. So
     # lines may slant. If no two digits share a column, a line may jump up and down.
-    _, num_apart = ndimage.label(np.isin(pieces, digits).any(0))
-    reach = (2 if num_apart == len(digits) else 0.7) * tall
+    may_jump = (right[digits[:-1]] <= left[digits[1:]]).all()
+    reach = (2 if may_jump else 0.7) * tall
     middle = (top + bottom) / 2
     lines: list[list[int]] = []
     for digit in digits:
