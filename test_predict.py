@@ -14,7 +14,7 @@ from scipy.ndimage import center_of_mass
 
 import predict
 from mnist_cnn import load_model
-from test_mnist_model import CHECKPOINT, SCRIPT, run, write_images
+from test_mnist_model import CHECKPOINT, SCRIPT, run_python, write_images
 
 MODEL = load_model(CHECKPOINT)
 SEVEN = [(60, 40), (140, 40), (90, 160)]
@@ -296,9 +296,7 @@ def test_one_bad_picture_does_not_stop_the_others(tmp_path):
     script = SCRIPT.with_name("predict.py")
     names = ["empty.png", "text.png", "missing.png", "exif.png"]
     arguments = [*names, "--show", "--checkpoint", CHECKPOINT, "größe.png", "seven.png"]
-    result = run(
-        sys.executable, script, *arguments, cwd=tmp_path, PYTHONIOENCODING="ascii"
-    )
+    result = run_python(script, *arguments, cwd=tmp_path, PYTHONIOENCODING="ascii")
     assert result.returncode == 2
     assert re.fullmatch(
         r"gr\\xf6\\xdfe.png: 7 \(.*% sure\)\nseven.png: 7 \(.*% sure\)\n",
@@ -333,7 +331,7 @@ def test_the_snippets_of_the_readme_work(tmp_path):
         (read + "print(digits.tolist())", "[7, 1]"),
         (by_hand + "print(digit in range(10))", "True"),
     ):
-        result = run(sys.executable, "-c", program, cwd=tmp_path, **environment)
+        result = run_python("-c", program, cwd=tmp_path, **environment)
         assert result.stdout.splitlines()[-1:] == [answer], result.stderr
 
 
