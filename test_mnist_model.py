@@ -80,27 +80,14 @@ def assert_equal(actual, expected):
 # ---- The model -----------------------------------------------------------------------
 
 
-def layers(*kinds):
-    return [layer for layer in TinyCNN().modules() if isinstance(layer, kinds)]
-
-
-def test_parameter_count_of_the_reference():
-    count = sum(parameter.numel() for parameter in TinyCNN().parameters())
-    assert count < 20_000
-    assert count == 19_354
-
-
-def test_uses_batch_normalization():
-    assert len(layers(nn.BatchNorm2d)) == 5
-
-
-def test_uses_dropout():
-    assert [layer.p for layer in layers(nn.Dropout, nn.Dropout2d)] == [0.25] * 3
-
-
-def test_ends_in_a_fully_connected_layer():
-    (linear,) = layers(nn.Linear)
-    assert linear.weight.shape == (10, 784)
+def test_the_layers_and_parameters_are_those_of_the_reference():
+    """BatchNorm, dropout, a fully connected layer, fewer than 20,000 parameters."""
+    model = TinyCNN()
+    assert sum(weights.numel() for weights in model.parameters()) == 19_354
+    layers = str(model)
+    assert layers.count("BatchNorm2d(") == 5
+    assert len(re.findall(r"Dropout(2d)?\(p=0.25", layers)) == 3
+    assert layers.count("Linear(in_features=784, out_features=10") == 1
 
 
 LAYERS = """
@@ -116,7 +103,7 @@ def test_shipped_checkpoint_has_the_keys_and_the_function_of_the_reference():
     images = torch.randint(256, (300, 1, 28, 28), dtype=torch.uint8)
     x = (images / 255 - 0.1307) / 0.3081
     for layer in LAYERS.split():
-        weight, bias, mean, var = (
+        weight, bias, mean, variance = (
             weights.get(f"{layer}.{key}")
             for key in ("weight", "bias", "running_mean", "running_var")
         )
@@ -127,7 +114,7 @@ def test_shipped_checkpoint_has_the_keys_and_the_function_of_the_reference():
         elif mean is None:
             x = F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
         else:
-            x = F.batch_norm(x, mean, var, weight, bias)
+            x = F.batch_norm(x, mean, variance, weight, bias)
     expected = x.flatten(1) @ weights["fc.1.weight"].T + weights["fc.1.bias"]
 
     model = mnist_cnn.load_model(CHECKPOINT, device="cpu")
@@ -135,36 +122,29 @@ def test_shipped_checkpoint_has_the_keys_and_the_function_of_the_reference():
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_shipped_checkpoint_is_more_than_99_4_percent_accurate(capsys):
+def test_shipped_checkpoint_is_more_than_99_4_percent_accurate():
     try:
-        mnist_cnn.read_mnist(HyperParameters().data_dir, train=False)
-    except OSError as error:
+        _, accuracy = mnist_cnn.load_and_evaluate_model(CHECKPOINT, HyperParameters())
+    except OSError as error:  # MNIST cannot be had
         if "CI" in os.environ:
             raise
         pytest.skip(str(error))
-    _, accuracy = mnist_cnn.load_and_evaluate_model(CHECKPOINT, HyperParameters())
-    assert 99.4 < accuracy <= 100
-    assert capsys.readouterr().out == f"Current test accuracy: {accuracy:.2f}%\n"
+    assert accuracy > 99.4
 
 
 # ---- Hyperparameters -----------------------------------------------------------------
 
 
 def test_defaults_are_those_of_the_reference():
-    params = HyperParameters()
-    assert params.num_epochs <= 20
-    assert list(asdict(params).values())[:5] == [20, 64, 0.0009, 0.25, 42]
+    values = list(asdict(HyperParameters()).values())
+    assert values[:5] == [20, 64, 0.0009, 0.25, 42]
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("num_epochs", 0),
         ("num_epochs", 2.5),
-        ("batch_size", "64"),
-        ("learning_rate", math.nan),
         ("learning_rate", None),
-        ("random_seed", 2**32),
         ("validation_size", 60_000),
         ("data_dir", None),
         ("precision", "float16"),
@@ -176,13 +156,9 @@ def test_a_value_that_makes_no_sense_is_named(name, value):
 
 
 def test_numpy_numbers_and_paths_become_plain_python():
-    params = HyperParameters(
-        np.int64(3), learning_rate=np.float64(0.5), data_dir=SCRIPT
-    )
-    values = asdict(params).values()
-    assert {type(value) for value in values} == {int, float, str}
-    assert (params.num_epochs, params.learning_rate) == (3, 0.5)
-    assert params.data_dir == str(SCRIPT)
+    params = HyperParameters(np.int64(3), augmentation=np.float64(0.5), data_dir=SCRIPT)
+    plain = HyperParameters(3, augmentation=0.5, data_dir=str(SCRIPT))
+    assert repr(params) == repr(plain)  # which tells 3 from np.int64(3)
 
 
 # ---- Data ----------------------------------------------------------------------------
@@ -193,23 +169,22 @@ def test_validation_images_are_not_trained_on_and_do_not_depend_on_the_seed(para
     assert len(validation) == 128
     parts = torch.cat([training, validation])
     images, _ = mnist_cnn.read_mnist(params.data_dir, train=True)
-    assert_equal(parts.sum((1, 2, 3)).msort(), images.sum((1, 2, 3)).msort())
+    assert torch.equal(parts.flatten().msort(), images.flatten().msort())
     _, (again, _), _ = mnist_cnn.split_mnist(replace(params, random_seed=1), "cpu")
-    assert_equal(again, validation)
+    assert torch.equal(again, validation)
 
 
 def test_missing_data_is_explained(params, monkeypatch):
     no_network = Mock(side_effect=OSError("no network"))
     monkeypatch.setattr("urllib.request.urlopen", no_network)
     raw = Path(params.data_dir, "MNIST/raw")
-    named = re.escape(f"{params.data_dir}/MNIST/raw")
     (raw / "train-images-idx3-ubyte").write_bytes(b"damaged")
-    complaint = rf"cannot be read from {named}, nor downloaded.*Delete what is"
-    with pytest.raises(OSError, match=complaint):
+    with pytest.raises(OSError, match=r"few/MNIST/raw, nor downloaded.*Delete what"):
         mnist_cnn.read_mnist(params.data_dir, train=True)
     shutil.rmtree(raw)
-    complaint = rf"{named}.*four files.*--data-dir or MNIST_DATA_DIR.*no network"
-    with pytest.raises(OSError, match=complaint):
+    with pytest.raises(
+        OSError, match=r"four files.*--data-dir or MNIST_DATA_DIR.*no network"
+    ):
         mnist_cnn.read_mnist(params.data_dir, train=True)
 
 
