@@ -357,37 +357,31 @@ def test_torchrun_trains_with_two_processes(params, tmp_path):
 
 class Malicious:
     def __reduce__(self):
-        return os.mkdir, ("executed",)
+        return sys.exit, ("executed",)
 
 
 @pytest.mark.parametrize(
     ("write", "complaint"),
     [
-        (lambda path: None, "No such file"),
         (lambda path: path.write_bytes(CHECKPOINT.read_bytes()[:9_000]), "damaged"),
         (lambda path: torch.save({"fc.1.bias": Malicious()}, path), "damaged"),
-        (lambda path: torch.save(nn.Linear(2, 2).state_dict(), path), "another model"),
+        (lambda path: torch.save({}, path), "of another model"),
     ],
-    ids=["missing", "cut short", "malicious", "other"],
 )
-def test_a_file_that_is_no_checkpoint_is_named(write, complaint, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_file_that_is_no_checkpoint_is_named(write, complaint, tmp_path):
     path = tmp_path / "some.pth"
     write(path)
-    with pytest.raises((OSError, ValueError), match=complaint) as caught:
-        mnist_cnn.load_and_evaluate_model(path, HyperParameters())
-    assert str(path) in str(caught.value)
-    assert not Path("executed").exists()
+    with pytest.raises(ValueError, match=f"some.pth is {complaint}"):
+        mnist_cnn.load_model(path)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(
-    error, tmp_path, monkeypatch
+def test_a_save_that_is_stopped_leaves_the_old_file_and_nothing_else(
+    tmp_path, monkeypatch
 ):
     path = tmp_path / "model.pth"
     mnist_cnn.write_tensors({"epoch": 1}, path)
-    monkeypatch.setattr(Path, "replace", Mock(side_effect=error))
-    with pytest.raises(error):
+    monkeypatch.setattr(Path, "replace", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
         mnist_cnn.write_tensors({"epoch": 2}, path)
     assert mnist_cnn.read_tensors(path) == {"epoch": 1}
     assert list(tmp_path.iterdir()) == [path]
