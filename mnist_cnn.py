@@ -472,7 +472,7 @@ def train_model(
     model, optimizer, schedule = parts
     best_model = TinyCNN(params.dropout_rate)
     if resume:
-        best_model.load_state_dict(state["best"])
+        load_weights(best_model, state["best"], state_path)
         for part in parts:
             part.load_state_dict(state[type(part).__name__])
     wrapped = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
@@ -488,9 +488,9 @@ def train_model(
         print("Model Summary:")
         summary(TinyCNN(), (1, 28, 28), device="cpu")
         if resume:
-            print(f"Continuing after epoch {len(history)} with {params}")
+            print(f"Continuing after epoch {len(history)} with {params}", flush=True)
         elif path.exists():
-            print(f"The first epoch will replace the weights in {path}")
+            print(f"The first epoch will replace the weights in {path}", flush=True)
 
     for epoch in range(len(history) + 1, params.num_epochs + 1):
         start = time.perf_counter()
@@ -543,6 +543,17 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged, or not a file of weights") from error
 
 
+def load_weights(model: TinyCNN, weights: dict[str, Any], origin: str | Path) -> None:
+    """load_state_dict, but the error for other layers names the file of origin."""
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{origin} is of another model. If you changed TinyCNN, train it anew. "
+            f"{error}"
+        ) from error
+
+
 def load_model(model_path: str | Path, device: str = "auto") -> TinyCNN:
     """A TinyCNN, in eval mode, with the weights of a checkpoint.
 
@@ -550,14 +561,7 @@ def load_model(model_path: str | Path, device: str = "auto") -> TinyCNN:
     and ValueError for a device that cannot be used.
     """
     model = TinyCNN()
-    weights = read_tensors(model_path)
-    try:
-        model.load_state_dict(weights)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"{model_path} is of another model. If you changed TinyCNN, train it anew. "
-            f"{error}"
-        ) from error
+    load_weights(model, read_tensors(model_path), model_path)
     return model.to(pick_device(device)).eval()
 
 
@@ -714,7 +718,7 @@ def main() -> None:
         model = load_model(checkpoint, params.device)
         _, test, logits = report(model, params.data_dir)
         plot_mistakes(*test, logits).savefig(f"{stem}_mistakes.png")
-        print(f"The mistakes are drawn in {stem}_mistakes.png")
+        print(f"Up to 48 mistakes are drawn in {stem}_mistakes.png")
         if not evaluate:
             Path(f"{checkpoint}.resume").unlink()  # last, so that nothing is missing
     except (OSError, ValueError, FloatingPointError) as error:

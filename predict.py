@@ -192,7 +192,9 @@ def find_digits(dark: np.ndarray) -> np.ndarray:
     weight[0] = 0  # the paper
     tall = np.median(size.repeat(weight)) if dark.any() else 0
     if tall < 8:
-        raise ValueError("no writing was found, or it is too small: crop the picture")
+        raise ValueError(
+            "no writing was found, or it is too small: crop or enlarge the picture"
+        )
 
     # Much smaller pieces are dirt. At the edge, a piece must be about as large as a
     # digit, or it is a shadow.

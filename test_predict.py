@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import ExifTags, Image, ImageDraw, ImageOps
 from scipy.ndimage import center_of_mass
 
@@ -15,7 +16,6 @@ import predict
 from mnist_cnn import load_model
 from test_mnist_model import CHECKPOINT, SCRIPT, run_python, write_images
 
-MODEL = load_model(CHECKPOINT)
 SEVEN = [(60, 40), (140, 40), (90, 160)]
 ONE = [(100, 30), (100, 170)]
 
@@ -45,7 +45,7 @@ PAGE = page_of((600, 400), (ONE, (0, 10)), (SEVEN, (200, 0)), (SEVEN, (0, 200)))
 
 
 def read(picture):
-    digits, _, _ = predict.predict_page(MODEL, picture)
+    digits, _, _ = predict.predict_page(load_model(CHECKPOINT), picture)
     return digits.tolist()
 
 
@@ -65,6 +65,7 @@ def test_the_shipped_checkpoint_reads_pictures_of_every_kind(tmp_path):
         "in a faint circle": circled,
         "with a fading stroke": with_lines(seven, [SEVEN[1:]], 155),
         "with a gap": with_lines(seven, [(0, 62, 200, 62)], 235, 4),
+        "of 28x28 pixels": seven.resize((28, 28)),
         "in colour": np.asarray(seven.convert("RGB")),
         "light on dark": draw(SEVEN, paper=20, pen=220),
         "faint": draw(SEVEN, pen=190),
@@ -77,7 +78,8 @@ def test_the_shipped_checkpoint_reads_pictures_of_every_kind(tmp_path):
         "of 16 bits": Image.fromarray(pixels.astype(np.uint16) * 256),
         "small, faint and in a corner": np.pad(small, [(1, 13), (13, 1)]),
     }
-    digits, _ = predict.predict_digits(MODEL, list(pictures.values()))
+    model = load_model(CHECKPOINT)
+    digits, _ = predict.predict_digits(model, list(pictures.values()))
     answers = dict(zip(pictures, digits.tolist(), strict=True))
     assert answers == dict.fromkeys(pictures, 7)
 
@@ -167,14 +169,20 @@ def cut_by_the_edge(picture):
     return with_lines(picture.crop((0, 0, 600, 340)), [(500, 0, 500, 60)])
 
 
+def beside_a_pencil(picture):
+    """It lies across the edge, and is darker and larger than the digits."""
+    return with_lines(picture, [(500, 0, 500, 330)], 0, 40)
+
+
 def with_a_dark_corner(picture):
     shade = np.linspace(1, 0, 400)[:, None] * np.linspace(1, 0, 600)
     return (np.asarray(picture) * (1 - shade**2)).astype(np.uint8)
 
 
 def in_grain(picture):
+    """Written with a pale pencil."""
     noise = np.random.default_rng(0).normal(0, 40, (400, 600))
-    return (np.asarray(picture) + noise).clip(0, 255).astype(np.uint8)
+    return (np.maximum(picture, 150) + noise).clip(0, 255).astype(np.uint8)
 
 
 def with_dust(picture):
@@ -203,6 +211,7 @@ def with_shade(picture):
         in_grain,
         with_dust,
         cut_by_the_edge,
+        beside_a_pencil,
     ],
 )
 def test_a_page_of_every_kind_is_read(kind):
@@ -229,12 +238,19 @@ def test_what_is_no_picture_is_refused(pictures, complaint):
 
 
 def test_a_page_is_read_line_by_line():
-    _, _, boxes = predict.predict_page(MODEL, PAGE)
+    _, boxes = predict.read_page(PAGE)
     assert [columns.start < 200 for _, columns in boxes] == [True, False, True]
     with pytest.raises(ValueError, match=r"pictures\[0\] has several digits"):
-        predict.predict_digits(MODEL, [PAGE])
+        predict.predict_digits(None, [PAGE])
     with pytest.raises(ValueError, match=r"pictures\[1\]: no writing was found"):
-        predict.predict_digits(MODEL, [draw(SEVEN), draw([])])
+        predict.predict_digits(None, [draw(SEVEN), draw([])])
+
+
+def test_two_digits_that_almost_touch_look_as_if_each_were_alone():
+    seven, one = [(40, 40), (160, 40), (110, 180)], [(92, 80), (92, 190)]
+    both, _ = predict.read_page(with_lines(draw(seven), [one]))
+    alone = [predict.read_page(draw(digit))[0] for digit in (seven, one)]
+    assert torch.equal(both, torch.cat(alone))
 
 
 def test_lines_may_slant():
