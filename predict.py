@@ -94,8 +94,8 @@ def find_lines(dark: np.ndarray) -> np.ndarray:
         thin = ndimage.white_tophat(ink, (thick, 1), mode="constant")
         rows, columns = thin.nonzero()
         width = ink.shape[1]
-        for rise in range(-width // 8, width // 8, 2):  # up to 7 degrees
-            line = rows + width - columns * rise // width
+        for slope in np.linspace(-0.12, 0.12, 73):  # up to 7 degrees
+            line = (rows - slope * columns + width).astype(int)
             is_long = np.bincount(line) > 0.6 * width
             if is_long.any() and np.ptp(is_long.nonzero()) > 2 * thick:
                 found[rows, columns] |= is_long[line]
