@@ -193,7 +193,8 @@ def find_digits(dark: np.ndarray) -> np.ndarray:
     tall = np.median(size.repeat(weight)) if dark.any() else 0
     if tall < 8:
         raise ValueError(
-            "no writing was found, or it is too small: crop or enlarge the picture"
+            "no writing was found, or it is too small: crop the picture, or enlarge a "
+            "small one"
         )
 
     # Much smaller pieces are dirt. At the edge, a piece must be about as large as a

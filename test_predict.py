@@ -225,15 +225,15 @@ def test_nothing_is_read_on_a_blank_sheet(kind):
 
 
 @pytest.mark.parametrize(
-    ("pictures", "complaint"),
+    ("pictures", "error", "complaint"),
     [
-        (np.zeros((2, 784), np.uint8), "must be a list, or"),
-        (np.zeros((2, 28, 28)), "a picture is a file name"),
-        ([], "there are no pictures"),
+        (np.zeros((2, 784), np.uint8), TypeError, "must be a list, or"),
+        (np.zeros((2, 28, 28)), TypeError, "a picture is a file name"),
+        ([], ValueError, "there are no pictures"),
     ],
 )
-def test_what_is_no_picture_is_refused(pictures, complaint):
-    with pytest.raises((TypeError, ValueError), match=complaint):
+def test_what_is_no_picture_is_refused(pictures, error, complaint):
+    with pytest.raises(error, match=complaint):
         predict.predict_digits(None, pictures)
 
 
@@ -244,6 +244,12 @@ def test_a_page_is_read_line_by_line():
         predict.predict_digits(None, [PAGE])
     with pytest.raises(ValueError, match=r"pictures\[1\]: no writing was found"):
         predict.predict_digits(None, [draw(SEVEN), draw([])])
+
+
+def test_thin_slanting_lines_are_found_in_a_small_picture():
+    lines = [(0, y, 100, y + 5) for y in range(10, 90, 20)]
+    picture = np.asarray(with_lines(Image.new("1", (100, 100)), lines, 1, 1))
+    assert (predict.find_lines(picture) == picture).all()
 
 
 def test_two_digits_that_almost_touch_look_as_if_each_were_alone():
