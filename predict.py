@@ -318,7 +318,9 @@ def save_answer(path: str, images: Tensor, boxes: list[Box], digits: list[int]) 
 
     figure = Figure(figsize=(8, 10), layout="constrained")
     page, seen = figure.subplots(2, height_ratios=(4, 1))
-    page.imshow(read_grey(path), "gray")
+    grey = read_grey(path)
+    height, width = grey.shape
+    page.imshow(grey, "gray", extent=(0, width, height, 0))  # pixel n from n to n + 1
     for digit, (y, x) in zip(digits, boxes, strict=True):
         columns = x.start, x.stop
         page.fill_between(columns, y.start, y.stop, facecolor="none", edgecolor="red")
