@@ -183,7 +183,7 @@ def find_digits(dark: np.ndarray) -> np.ndarray:
     top, bottom, left, right = find_sides(pieces)
     size = np.maximum(bottom - top, right - left)
     height, width = dark.shape
-    inside = (top > 0) & (bottom < height) & (left > 0) & (right < width)
+    inside = (top > 0) & (left > 0) & (bottom < height) & (right < width)
 
     # Half of the ink is in pieces of this size or less. The ink of pieces at the edge
     # counts little.
