@@ -125,8 +125,7 @@ if __name__ == "__main__":
             "Draw digits, or drop a photo, and see how a tiny network reads them."
         )
         with gr.Row():
-            with gr.Column():
-                pad = gr.HTML(html_template=PAD, js_on_load=PAD_SCRIPT)
+            pad = gr.HTML(html_template=PAD, js_on_load=PAD_SCRIPT)
             with gr.Column():
                 with gr.Row():
                     with gr.Column(min_width=200):
