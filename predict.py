@@ -89,7 +89,7 @@ def find_lines(dark: np.ndarray) -> np.ndarray:
     """
     lines = np.zeros_like(dark)
     for ink, found in (dark, lines), (dark.T, lines.T):
-        thick = 1 + min(ink.shape) // 25
+        thick = 1 + min(ink.shape) // 20
         # A table's outer lines are the edge of the array: there is no ink beyond it.
         thin = ndimage.white_tophat(ink, (thick, 1), mode="constant")
         rows, columns = thin.nonzero()
@@ -99,7 +99,7 @@ def find_lines(dark: np.ndarray) -> np.ndarray:
             is_long = np.bincount(line) > 0.6 * width
             if is_long.any() and np.ptp(is_long.nonzero()) > 2 * thick:
                 found[rows, columns] |= is_long[line]
-    return lines
+    return ndimage.binary_dilation(lines)  # with their blurred edges
 
 
 def erase_lines(dark: np.ndarray) -> np.ndarray:
@@ -134,25 +134,16 @@ def find_ink(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     ink -= np.quantile(sample, 0.3)  # bare paper, even where most of it is covered
     # About the standard deviation of bare paper. With much ink it comes out too high.
     grain = 2.6 * np.quantile(abs(sample), 0.3)
-    # A stroke ends where it is half as dark as ink usually is. What is a little fainter
-    # is ink as well if it is connected to a stroke. Both stand out from the grain.
+    # What is a quarter as dark as ink usually is belongs to a stroke, if it stands out
+    # from the grain.
     usual = ink[ink >= ink.max() / 2].mean()
-    faint = erase_lines(ink > max(0.3 * usual, 6 * grain))
-    strokes = faint & (ink > usual / 2)
-    pieces, _ = ndimage.label(faint, NEIGHBOURS)
-    dark = np.isin(pieces, pieces[strokes])
-    if usual < FAINTEST or not strokes.any():
+    dark = erase_lines(ink > max(usual / 4, 6 * grain))
+    if usual < FAINTEST or not dark.any():
         raise ValueError("no writing was found, or it is too faint")
-    # Fainter digits are ink as well if they touch neither a stroke nor what was erased.
-    faintest = ink > max(FAINTEST, 6 * grain)
-    others, _ = ndimage.label(faintest, NEIGHBOURS)
-    others *= ~np.isin(others, others[ink > usual / 2])
-    if others.any():  # often there are none, and the search for lines is slow
-        erased = faintest & ~erase_lines(faintest)
-        dark |= (others > 0) & ~np.isin(others, others[erased])
 
     # A solid patch is taken for a sheet, a card or a screen with the digits on it.
-    patch = pieces == np.bincount(pieces[strokes]).argmax()
+    pieces, _ = ndimage.label(dark, NEIGHBOURS)
+    patch = pieces == np.bincount(pieces[dark]).argmax()
     (box,) = ndimage.find_objects(patch.astype(int))
     height, width = patch[box].shape
     is_solid = patch.mean() > 0.1 and patch[box].mean() > 0.7
