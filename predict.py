@@ -29,7 +29,6 @@ NEIGHBOURS = np.ones((3, 3))
 # A larger picture is shrunk by a whole number, so that its shorter side has 450 to 900
 # pixels. A pen's line of 0.4 mm on a page is still about one pixel wide then.
 SIDE = 600
-FAINTEST = 0.15  # the least darkness of a stroke, from 0 (paper) to 1 (black)
 NOT_SURE = 0.97  # see RESULTS.md for how often an answer below it is wrong
 
 
@@ -134,11 +133,10 @@ def find_ink(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     ink -= np.quantile(sample, 0.3)  # bare paper, even where most of it is covered
     # About the standard deviation of bare paper. With much ink it comes out too high.
     grain = 2.6 * np.quantile(abs(sample), 0.3)
-    # What is a quarter as dark as ink usually is belongs to a stroke, if it stands out
-    # from the grain.
+    # Ink is at least a quarter as dark as it usually is, and stands out from the grain.
     usual = ink[ink >= ink.max() / 2].mean()
     dark = erase_lines(ink > max(usual / 4, 6 * grain))
-    if usual < FAINTEST or not dark.any():
+    if usual < 0.15 or not dark.any():  # a shadow, or what is on the other side
         raise ValueError("no writing was found, or it is too faint")
 
     # A solid patch is taken for a sheet, a card or a screen with the digits on it.
