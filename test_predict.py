@@ -141,8 +141,9 @@ def on_squared_paper(picture):
 
 
 def on_a_table(picture):
-    """The sheet on a darker table, slightly turned."""
-    return ImageOps.expand(picture, 200, 90).rotate(4, fillcolor=90)
+    """The sheet on a darker table, slightly turned. A crumb lies beside it."""
+    table = ImageOps.expand(picture, 200, 90).rotate(4, fillcolor=90)
+    return with_lines(table, [(60, 60, 75, 60)], 235, 10)
 
 
 def on_a_black_table(picture):
@@ -280,6 +281,13 @@ def test_a_page_is_read_line_by_line():
 def test_thin_slanting_lines_are_found_in_a_small_picture():
     lines = [(0, y, 100, y + 5) for y in range(10, 90, 20)]
     picture = np.asarray(with_lines(Image.new("1", (100, 100)), lines, 1, 1))
+    assert not predict.erase_lines(picture).any()
+
+
+def test_lines_are_erased_with_their_ragged_edges():
+    picture = np.zeros((100, 300), bool)
+    picture[[30, 60]] = True
+    picture[[31, 61]] = np.random.default_rng(0).random(300) < 0.4
     assert not predict.erase_lines(picture).any()
 
 
