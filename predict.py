@@ -4,8 +4,8 @@ python predict.py seven.jpg page.png
 python predict.py --show page.png
 python predict.py --checkpoint my_model.pth seven.jpg
 
-A page is read from left to right, line by line. The percentage is that of its
-least certain digit.
+A page is read from left to right, line by line. The percentage after the answer is
+that of its least certain digit. If it is low, the answer is marked as not sure.
 """
 
 import sys
@@ -26,8 +26,8 @@ Picture = str | Path | Image.Image | np.ndarray
 Box = tuple[slice, slice]  # rows and columns
 NEIGHBOURS = np.ones((3, 3))
 
-# A larger picture is shrunk by a whole number, so that its shorter side has 450 to 900
-# pixels. A pen's line of 0.4 mm on a page is still about one pixel wide then.
+# A picture of 900 or more pixels is shrunk by a whole number, so that its shorter side
+# has 450 to 900. A pen's line of 0.4 mm on a page is still about one pixel wide then.
 SIDE = 600
 NOT_SURE = 0.97  # see RESULTS.md for how often an answer below it is wrong
 
@@ -84,11 +84,12 @@ def find_lines(dark: np.ndarray) -> np.ndarray:
     """The lines of ruled paper, or of a single table or box: (H, W) bool.
 
     Such lines are about level or upright, thin, and most of the picture long, and there
-    are two or more of them. Where a stroke crosses one, the stroke is no part of it.
+    are two or more of them. Upright ones without level ones do not count, because they
+    may be the strokes of 11. A stroke that crosses a line steeply is no part of it.
     """
     lines = np.zeros_like(dark)
     for ink, found in (dark, lines), (dark.T, lines.T):
-        thick = 1 + min(ink.shape) // 20
+        thick = 1 + min(ink.shape) // 25
         # A table's outer lines are the edge of the array: there is no ink beyond it.
         thin = ndimage.white_tophat(ink, (thick, 1), mode="constant")
         rows, columns = thin.nonzero()
@@ -98,14 +99,17 @@ def find_lines(dark: np.ndarray) -> np.ndarray:
             is_long = np.bincount(line) > 0.6 * width
             if is_long.any() and np.ptp(is_long.nonzero()) > 2 * thick:
                 found[rows, columns] |= is_long[line]
+        if not lines.any():
+            break
     return ndimage.binary_dilation(lines)  # with their blurred edges
 
 
 def erase_lines(dark: np.ndarray) -> np.ndarray:
     """The ink without ruled lines, and without what encloses other ink: (H, W) bool.
 
-    Of a table or a row of boxes only the lines are erased, because digits may touch
-    them. What has no such lines, like a circle, is erased as a whole.
+    The other ink must be a tenth of the enclosing ink or more. Of a table or a row of
+    boxes only the lines are erased, because digits may touch them. What has no such
+    lines, like a circle, is erased as a whole.
     """
     pieces, _ = ndimage.label(dark, NEIGHBOURS)
     for number, place in enumerate(ndimage.find_objects(pieces), 1):
@@ -218,9 +222,8 @@ def find_digits(dark: np.ndarray) -> np.ndarray:
             lines.append([digit])
     lines.sort(key=lambda line: middle[line].mean())
 
-    order = np.concatenate(lines)
-    number = np.zeros(len(left), int)
-    number[order] = 1 + np.arange(len(order))
+    number = np.zeros_like(left)
+    number[np.concatenate(lines)] = 1 + np.arange(len(digits))
     return number[pieces]
 
 
@@ -319,7 +322,7 @@ def save_answer(path: str, images: Tensor, boxes: list[Box], digits: list[int]) 
 
 
 def main() -> int:
-    """Print one line per picture. Returns 2 if one of them cannot be read."""
+    """Print one line per picture. Returns 2 if there was an error."""
     parser = ArgumentParser(
         description=__doc__, formatter_class=RawDescriptionHelpFormatter
     )

@@ -125,6 +125,11 @@ def test_a_one_is_neither_a_ruled_line_nor_a_sheet(width):
     assert read(one) == [1]
 
 
+def test_two_thin_ones_are_no_ruled_lines():
+    ones = [[(x, 30), (x, 170)] for x in (60, 140)]
+    assert read(with_lines(Image.new("L", (200, 200), 235), ones, width=6)) == [1, 1]
+
+
 def test_a_patch_that_fills_the_picture_is_not_searched_for_ever():
     lattice = np.full((60, 60), 140, np.uint8)
     lattice[np.random.default_rng(0).random((60, 60)) < 0.15] = 0
@@ -278,7 +283,7 @@ def test_a_page_is_read_line_by_line():
         predict.predict_digits(None, [draw(SEVEN), draw([])])
 
 
-def test_thin_slanting_lines_are_found_in_a_small_picture():
+def test_thin_slanting_lines_are_erased_in_a_small_picture():
     lines = [(0, y, 100, y + 5) for y in range(10, 90, 20)]
     picture = np.asarray(with_lines(Image.new("1", (100, 100)), lines, 1, 1))
     assert not predict.erase_lines(picture).any()
