@@ -3,9 +3,9 @@
 python benchmark.py seeds --n 10    accuracy over ten seeds, mean ± sd
 python benchmark.py speed           speed of training, against a plain loop
 
-Both take the hyperparameters of mnist_cnn.py as further flags. `seeds` trains with
-one thread per seed, and on as many seeds at a time as torch has threads. On a GPU it
-trains on one seed after the other. `speed` needs two epochs.
+Both take the hyperparameters of mnist_cnn.py as further flags. `seeds` trains
+with one thread per seed, and on as many seeds at a time as torch has threads.
+On a GPU it trains on one seed after the other. `speed` needs two epochs.
 """
 
 import io

@@ -4,8 +4,9 @@ python predict.py seven.jpg page.png
 python predict.py --show page.png
 python predict.py --checkpoint my_model.pth seven.jpg
 
-A page is read from left to right, line by line. The percentage after the answer is
-that of its least certain digit. If it is low, the answer is marked as not sure.
+A page is read from left to right, line by line. The percentage after the answer
+is that of its least certain digit. If it is low, the answer is marked as not
+sure.
 """
 
 import sys
