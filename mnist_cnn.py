@@ -549,7 +549,7 @@ def load_weights(model: TinyCNN, weights: dict[str, Any], origin: str | Path) ->
         model.load_state_dict(weights)
     except (RuntimeError, TypeError) as error:
         raise ValueError(
-            f"{origin} is of another model. If you changed TinyCNN, train it anew. "
+            f"{origin} does not fit this TinyCNN. If you changed it, train it anew. "
             f"{error}"
         ) from error
 

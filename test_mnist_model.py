@@ -398,7 +398,7 @@ class Malicious:
         (lambda path: None, "No such file"),
         (lambda path: path.write_bytes(CHECKPOINT.read_bytes()[:9_000]), "damaged"),
         (lambda path: torch.save({"fc.1.bias": Malicious()}, path), "damaged"),
-        (lambda path: torch.save(nn.Linear(2, 2).state_dict(), path), "another model"),
+        (lambda path: torch.save(nn.Linear(2, 2).state_dict(), path), "does not fit"),
     ],
     ids=["missing", "cut short", "malicious", "other"],
 )
@@ -415,7 +415,7 @@ def test_a_file_that_is_no_checkpoint_is_named(write, complaint, tmp_path, monke
 def test_a_state_of_another_model_is_named(params, tmp_path):
     state = {"params": asdict(params), "history": [], "best": {}}
     torch.save(state, tmp_path / "some.pth.resume")
-    with pytest.raises(ValueError, match=r"some.pth.resume is of another model"):
+    with pytest.raises(ValueError, match=r"some.pth.resume does not fit"):
         train_model(params, tmp_path / "some.pth", resume=True)
 
 
