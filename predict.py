@@ -185,11 +185,6 @@ def find_digits(dark: np.ndarray) -> np.ndarray:
     weight = 1 + amount // np.where(inside, 1, 50)
     weight[0] = 0  # the paper
     tall = np.median(size.repeat(weight)) if dark.any() else 0
-    if tall < 8:
-        raise ValueError(
-            "no writing was found, or it is too small: crop the picture, or enlarge a "
-            "small one"
-        )
 
     # Much smaller pieces are dirt. At the edge, a piece must be about as large as a
     # digit, or it is a shadow.
@@ -204,9 +199,13 @@ def find_digits(dark: np.ndarray) -> np.ndarray:
 
     top, bottom, left, right = find_sides(pieces)
     digits = left.argsort()
-    digits = digits[(bottom - top)[digits] >= tall / 3]  # no dashes and no dots
+    # Dashes and dots are less tall than a third of a digit.
+    digits = digits[(bottom - top)[digits] >= max(8, tall / 3)]
     if not digits.size:
-        raise ValueError("no digit was found")
+        raise ValueError(
+            "no digit was found, or it is too small: crop the picture, or enlarge a "
+            "small one"
+        )
 
     # A digit continues the first line whose last digit is at about the same level. So
     # lines may slant. If no two digits share a column, a line may jump up and down.
@@ -251,8 +250,7 @@ def read_page(picture: Picture) -> tuple[Tensor, list[Box]]:
     picture without a digit.
     """
     grey = read_grey(picture)
-    corners = grey[::27, ::27]
-    if grey.shape == (28, 28) and grey.max() > 0.1 > corners.max():
+    if grey.shape == (28, 28) and grey.max() > 0.1 > np.median(grey):
         # Light ink on black, as MNIST has it. A JPEG's black is not quite black.
         ink, digits = grey, (grey > 0.1).astype(int)
     else:
