@@ -126,7 +126,7 @@ def read_mnist(data_dir: str, train: bool) -> Split:
         raise OSError(
             f"MNIST cannot be read from {data_dir}/MNIST/raw, nor downloaded to it. "
             "Delete what is damaged there, put the four files there yourself, or "
-            f"choose another folder with --data-dir or MNIST_DATA_DIR. {error}"
+            f"start with another --data-dir or MNIST_DATA_DIR. {error}"
         ) from error
     return dataset.data.unsqueeze(1), dataset.targets
 
@@ -239,8 +239,8 @@ def infer(model: nn.Module, images: Tensor) -> Tensor:
 
     Leaves the model in eval mode. Raises TypeError for images of another type.
     """
-    if images.dtype != torch.uint8:
-        raise TypeError(f"images must be uint8 from 0 to 255, not {images.dtype}")
+    if not isinstance(images, Tensor) or images.dtype != torch.uint8:
+        raise TypeError("images must be a uint8 tensor, with pixels from 0 to 255")
     device = next(model.parameters()).device
     model.eval()
     # On a CPU core, 200 images at a time are faster than 1,000 (RESULTS.md).
@@ -444,7 +444,7 @@ def train_model(
     state of the training is saved to `<checkpoint>.resume`, before the first epoch and
     after every one, and stays there. resume=True continues from that file, and takes
     all settings but `device` and `data_dir` from it. On the same CPU, with as many
-    threads, it ends in the same weights.
+    threads and processes, it ends in the same weights.
 
     Returns the model with the best weights, in eval mode, and all epochs' metrics. Only
     the first of several processes has them. What `prepare_training` sets for the whole
@@ -725,7 +725,8 @@ def main() -> None:
         sys.exit(f"error: {textwrap.shorten(str(error), 500)}")
     except KeyboardInterrupt:
         hint = (
-            f" --resume --checkpoint {checkpoint} continues a training that has begun."
+            " --resume continues a training that has begun. With it, set only "
+            "--checkpoint, --data-dir and --device again."
         )
         sys.exit("\nStopped." + ("" if evaluate else hint))
 

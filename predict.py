@@ -39,10 +39,16 @@ def read_grey(picture: Picture) -> np.ndarray:
     Raises OSError for a file that cannot be read, and TypeError for what is neither a
     file name, a PIL image nor a uint8 array.
     """
-    if isinstance(picture, np.ndarray) and picture.dtype == np.uint8:
+    if (
+        isinstance(picture, np.ndarray)
+        and picture.dtype == np.uint8
+        and picture.ndim > 1
+    ):
         picture = Image.fromarray(picture)
     if not isinstance(picture, str | Path | Image.Image):
-        raise TypeError("a picture is a file name, a PIL image or a uint8 array")
+        raise TypeError(
+            "a picture is a file name, a PIL image or a uint8 array (H, W) or (H, W, 3)"
+        )
     try:
         if isinstance(picture, str | Path):
             picture = Image.open(picture)

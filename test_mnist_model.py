@@ -247,8 +247,9 @@ def test_evaluate_model_averages_the_loss_and_counts_the_correct_answers():
     loss, accuracy = mnist_cnn.evaluate_model(model, images, labels)
     assert loss == pytest.approx(math.log(10))
     assert accuracy == pytest.approx(100 * 63 / 500)
-    with pytest.raises(TypeError, match="must be uint8"):
-        mnist_cnn.evaluate_model(model, images / 255, labels)
+    for others in images / 255, images.numpy():
+        with pytest.raises(TypeError, match="must be a uint8 tensor"):
+            mnist_cnn.evaluate_model(model, others, labels)
 
 
 def test_best_epoch_is_chosen_by_validation_accuracy_then_loss():
@@ -505,8 +506,8 @@ def test_a_training_that_stops_at_its_figures_can_be_resumed(main, monkeypatch):
         status, _, errors = main("--num-epochs 1 --validation-size 100")
     assert (status, errors) == (
         1,
-        "\nStopped. --resume --checkpoint best_mnist_model.pth continues a training "
-        "that has begun.\n",
+        "\nStopped. --resume continues a training that has begun. With it, set only "
+        "--checkpoint, --data-dir and --device again.\n",
     )
     status, output, errors = main("--resume")
     assert (status, errors) == (0, "")

@@ -261,6 +261,7 @@ def test_nothing_is_read_on_a_blank_sheet(kind):
         torch.zeros(2, 28, 28, dtype=torch.uint8),
         [None],
         [np.zeros((28, 28, 1), np.uint8)],
+        [np.zeros(784, np.uint8)],
     ],
 )
 def test_what_is_no_picture_is_refused(pictures):
