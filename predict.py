@@ -147,7 +147,7 @@ def find_ink(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     # Ink is at least a quarter as dark as it usually is, and stands out from the grain.
     usual = ink[ink >= ink.max() / 2].mean()
     dark = erase_lines(ink > max(usual / 4, 6 * grain))
-    if usual < 0.1 or not dark.any():  # a shadow, or what is on the other side
+    if not dark.any():
         raise ValueError("no writing was found, or it is too faint")
 
     # A solid patch is taken for a sheet, a card or a screen with the digits on it.

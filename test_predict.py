@@ -220,11 +220,6 @@ def with_dust(picture):
     return dusty
 
 
-def with_shade(picture):
-    """Faint like what is written on the other side."""
-    return with_lines(picture, [(100, 100, 300, 250)], 215, 12)
-
-
 @pytest.mark.parametrize(
     "kind",
     [
@@ -247,7 +242,7 @@ def test_a_page_of_every_kind_is_read(kind):
     assert read(kind(PAGE)) == [1, 7, 7]
 
 
-@pytest.mark.parametrize("kind", [in_grain, on_a_table, with_dust, with_shade])
+@pytest.mark.parametrize("kind", [in_grain, on_a_table, with_dust])
 def test_nothing_is_read_on_a_blank_sheet(kind):
     with pytest.raises(ValueError, match="was found"):
         predict.read_page(kind(Image.new("L", (600, 400), 235)))
