@@ -549,7 +549,7 @@ def load_weights(model: TinyCNN, weights: dict[str, Any], origin: str | Path) ->
         model.load_state_dict(weights)
     except (RuntimeError, TypeError) as error:
         raise ValueError(
-            f"{origin} does not fit this TinyCNN. If you changed it, train it anew. "
+            f"{origin} does not fit this model. If you changed TinyCNN, train it anew. "
             f"{error}"
         ) from error
 
@@ -725,7 +725,7 @@ def main() -> None:
         sys.exit(f"error: {textwrap.shorten(str(error), 500)}")
     except KeyboardInterrupt:
         hint = (
-            " --resume continues a training that has begun. With it, set only "
+            " --resume continues a training that has begun.\nWith it, set only "
             "--checkpoint, --data-dir and --device again."
         )
         sys.exit("\nStopped." + ("" if evaluate else hint))

@@ -37,7 +37,7 @@ def read_grey(picture: Picture) -> np.ndarray:
     """The picture as if on white paper: (H, W) float32 from 0 (black) to 1 (white).
 
     Raises OSError for a file that cannot be read, and TypeError for what is neither a
-    file name, a PIL image nor a uint8 array.
+    file name, a PIL image nor a uint8 array (H, W) or (H, W, 3).
     """
     if (
         isinstance(picture, np.ndarray)

@@ -506,7 +506,7 @@ def test_a_training_that_stops_at_its_figures_can_be_resumed(main, monkeypatch):
         status, _, errors = main("--num-epochs 1 --validation-size 100")
     assert (status, errors) == (
         1,
-        "\nStopped. --resume continues a training that has begun. With it, set only "
+        "\nStopped. --resume continues a training that has begun.\nWith it, set only "
         "--checkpoint, --data-dir and --device again.\n",
     )
     status, output, errors = main("--resume")
