@@ -73,13 +73,15 @@ class HyperParameters:
         42, "seed of all random choices but the split", 0, 4_000_000
     )
     augmentation: float = setting(
-        1.0, "its strength in epoch e of n is this times min(1, 2 - 2e/n)", 0, 4
+        1.0, "random distortion in epoch e of n is this times min(1, 2 - 2e/n)", 0, 4
     )
     validation_size: int = setting(
         5_000, "images held out to choose the epoch", 1, 59_999
     )
     device: str = setting("auto", "cpu, cuda, ...; auto takes a GPU if there is one")
-    precision: str = setting("auto", "float32; auto: bfloat16 with AVX-512 BF16")
+    precision: str = setting(
+        "auto", "float32, or auto: bfloat16 if the CPU has AVX-512 BF16"
+    )
     data_dir: str = setting(
         os.environ.get("MNIST_DATA_DIR", "data"), "folder with MNIST/raw"
     )
@@ -166,9 +168,7 @@ def pick_device(name: str) -> torch.device:
 
 def has_bfloat16() -> bool:
     """Whether the CPU computes in bfloat16 by itself (AVX-512 BF16)."""
-    # Before version 2.11, torch has no public function that tells.
-    capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)()
-    return capabilities.get("avx512_bf16", False)
+    return torch.cpu.get_capabilities().get("avx512_bf16", False)
 
 
 def keep_freed_memory() -> None:
