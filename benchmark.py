@@ -133,8 +133,8 @@ def images_per_second(loop: Any, params: HyperParameters) -> float:
 def speed(params: HyperParameters) -> None:
     """Time both loops nine times in turn, each time in a new process.
 
-    The speed of the plain loop may differ by a factor of three from process to process
-    (RESULTS.md). The fastest rounds differ less.
+    The speed of the plain loop differs from process to process. The fastest rounds
+    differ less.
     """
     device, threads = mnist_cnn.pick_device(params.device), torch.get_num_threads()
     print(f"torch {torch.__version__}, {device}, {threads} threads")
@@ -169,12 +169,12 @@ def main() -> None:
         parser.error("--resume, --evaluate and --checkpoint are flags of mnist_cnn.py")
     try:
         params = HyperParameters(**flags)
-    except ValueError as error:
+        if arguments.measurement == "seeds":
+            seeds(params, arguments.n)
+        else:
+            speed(params)
+    except (OSError, ValueError, FloatingPointError) as error:
         parser.error(str(error))
-    if arguments.measurement == "seeds":
-        seeds(params, arguments.n)
-    else:
-        speed(params)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Draw digits in the browser, or drop a photo, and see how they are read.
 
-pip install "gradio>=6" && python demo.py
+pip install "gradio>=6.10" && python demo.py
 """
 
 import os
@@ -115,7 +115,7 @@ if __name__ == "__main__":
     try:
         import gradio as gr
     except ImportError:
-        sys.exit('Install Gradio first: pip install "gradio>=6"')
+        sys.exit('Install Gradio first: pip install "gradio>=6.10"')
 
     stroke = 255 * np.eye(100, dtype=np.uint8)
     infer(MODEL, read_page(stroke)[0])  # the first time takes seconds

@@ -27,8 +27,8 @@ Picture = str | Path | Image.Image | np.ndarray
 Box = tuple[slice, slice]  # rows and columns
 NEIGHBOURS = np.ones((3, 3))
 
-# A picture of 900 or more pixels is shrunk by a whole number, so that its shorter side
-# has 450 to 900. A pen's line of 0.4 mm on a page is still about one pixel wide then.
+# A shorter side of 900 pixels or more is shrunk by a whole number, to 450 to 750. A
+# pen's line of 0.4 mm on a page is still about one pixel wide then.
 SIDE = 600
 NOT_SURE = 0.97  # see RESULTS.md for how often an answer below it is wrong
 
@@ -335,7 +335,7 @@ def main() -> int:
     parser.add_argument(
         "--checkpoint",
         default=Path(__file__).with_name(CHECKPOINT),
-        help="weights file",
+        help=f"weights file (default: {CHECKPOINT} beside this program)",
     )
     parser.add_argument(
         "--show",
