@@ -13,7 +13,6 @@ import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from mnist_cnn import CHECKPOINT, infer, load_model
 
 Picture = str | Path | Image.Image | np.ndarray
 Box = tuple[slice, slice]  # rows and columns
+Piece = tuple[Box, np.ndarray]  # a box, and which of its pixels are meant: bool
 NEIGHBOURS = np.ones((3, 3))
 
 # A shorter side of 900 pixels or more is shrunk by a whole number, to 450 to 750. A
@@ -39,23 +39,23 @@ def read_grey(picture: Picture) -> np.ndarray:
     Raises OSError for a file that cannot be read, and TypeError for what is neither a
     file name, a PIL image nor a uint8 array (H, W) or (H, W, 3).
     """
-    if (
-        isinstance(picture, np.ndarray)
-        and picture.dtype == np.uint8
-        and picture.ndim > 1
-    ):
-        picture = Image.fromarray(picture)
-    if not isinstance(picture, str | Path | Image.Image):
-        raise TypeError(
-            "a picture is a file name, a PIL image or a uint8 array (H, W) or (H, W, 3)"
-        )
+    match picture:
+        case str() | Path() | Image.Image():
+            pass
+        case np.ndarray(dtype=np.uint8, ndim=2 | 3):
+            picture = Image.fromarray(picture)
+        case _:
+            raise TypeError(
+                "a picture is a file name, a PIL image or a uint8 array (H, W) or "
+                "(H, W, 3)"
+            )
     try:
         if isinstance(picture, str | Path):
             picture = Image.open(picture)
             picture.draft("RGB", (SIDE, SIDE))  # decodes a large JPEG much faster
         picture = ImageOps.exif_transpose(picture)  # photos may lie on their side
         if picture.mode[0] == "I":  # 16 bits, of which convert would clip most
-            picture = picture.convert("I").point(lambda grey: grey / 256)
+            picture = Image.fromarray(np.asarray(picture.convert("I")) // 256)
         picture = picture.convert("RGBA")
     except Exception as error:  # a damaged file can raise almost anything
         if getattr(error, "strerror", None):
@@ -70,6 +70,17 @@ def read_grey(picture: Picture) -> np.ndarray:
     return np.asarray(paper, np.float32) / 255
 
 
+def find_pieces(dark: np.ndarray, glue: np.ndarray | bool = False) -> list[Piece]:
+    """The pieces of dark pixels that touch, at a corner too, or are joined by glue.
+
+    dark and glue: (H, W) bool.
+    """
+    numbers, _ = ndimage.label(dark | glue, NEIGHBOURS)
+    numbers *= dark
+    boxes = ndimage.find_objects(numbers)
+    return [(box, numbers[box] == number) for number, box in enumerate(boxes, 1)]
+
+
 def find_paper(grey: np.ndarray) -> np.ndarray:
     """The brightness that the paper has, or would have without the ink: (H, W)."""
     # The filters are slow, so they work on a smaller picture.
@@ -79,11 +90,11 @@ def find_paper(grey: np.ndarray) -> np.ndarray:
     # continued beyond its edge, so what touches it counts as paper: a dark corner, the
     # table under the sheet. The minimum reaches one pixel farther, because the sheet's
     # outline is blurred here: the table beside it would look like ink.
-    reach = 1 + min(small.shape) // 4
-    padded = np.pad(small, reach, "edge")
-    brightest = ndimage.maximum_filter(padded, 2 * reach - 1)
-    paper = ndimage.minimum_filter(brightest, 2 * reach + 1)
-    paper = Image.fromarray(paper[reach:-reach, reach:-reach])
+    size = 1 + min(small.shape) // 4 * 2
+    padded = np.pad(small, size, "edge")
+    brightest = ndimage.maximum_filter(padded, size)
+    paper = ndimage.minimum_filter(brightest, size + 2)
+    paper = ImageOps.crop(Image.fromarray(paper), size)
     return np.asarray(paper.resize(picture.size, Image.Resampling.BILINEAR))
 
 
@@ -118,27 +129,25 @@ def erase_lines(dark: np.ndarray) -> np.ndarray:
     boxes only the lines are erased, because digits may touch them. What has no such
     lines, like a circle, is erased as a whole.
     """
-    pieces, _ = ndimage.label(dark, NEIGHBOURS)
-    for number, place in enumerate(ndimage.find_objects(pieces), 1):
-        piece = pieces[place] == number
+    clean = dark.copy()
+    for box, piece in find_pieces(dark):
         inside = ndimage.binary_fill_holes(piece)
-        if dark[place][inside].sum() > 1.1 * piece.sum():
+        if dark[box][inside].sum() > 1.1 * piece.sum():
             lines = find_lines(piece)
-            pieces[place][lines if lines.any() else piece] = 0
-    dark = pieces > 0
-    return dark & ~find_lines(dark)
+            clean[box] &= ~(lines if lines.any() else piece)
+    return clean & ~find_lines(clean)
 
 
-def find_ink(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How much each pixel stands out from the paper around it, and which ones are ink.
+def find_ink(grey: np.ndarray) -> np.ndarray:
+    """How much the writing stands out from the paper: (H, W), up to about 1.
 
-    Both are (H, W), the first one from about 0 (paper) to 1, the other one bool. Raises
-    ValueError if nothing is written there.
+    It is 0 where nothing is written.
     """
     contrast = grey - ndimage.uniform_filter(grey, 1 + min(grey.shape) // 2)
     if (contrast * contrast**2).sum() > 0:  # contrast**3 would be slow
         grey = 1 - grey  # what stands out is lighter than the paper
-    ink = 1 - (grey + 0.02) / (find_paper(grey) + 0.02)
+    paper = find_paper(grey)
+    ink = (paper - grey) / (paper + 0.02)
     ink = ndimage.gaussian_filter(ink, min(grey.shape) / SIDE)
     sample = ink[::3, ::3]  # a view; the quantiles of all pixels would be slow
     ink -= np.quantile(sample, 0.3)  # bare paper, even where most of it is covered
@@ -146,68 +155,50 @@ def find_ink(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     grain = 2.6 * np.quantile(abs(sample), 0.3)
     # Ink is at least a quarter as dark as it usually is, and stands out from the grain.
     usual = ink[ink >= ink.max() / 2].mean()
-    dark = erase_lines(ink > max(usual / 4, 6 * grain))
-    if not dark.any():
-        raise ValueError("no writing was found, or it is too faint")
+    ink *= erase_lines(ink > max(usual / 4, 6 * grain))
 
     # A solid patch is taken for a sheet, a card or a screen with the digits on it.
-    pieces, _ = ndimage.label(dark, NEIGHBOURS)
-    patch = pieces == np.bincount(pieces[dark]).argmax()
-    (box,) = ndimage.find_objects(patch.astype(int))
-    height, width = patch[box].shape
-    is_solid = patch.mean() > 0.1 and patch[box].mean() > 0.7
-    is_part = patch[box].size < patch.size
-    if is_solid and is_part and 0.4 < height / width < 2.5:
-        ink[box], dark[box] = find_ink(grey[box])
-        patch = ndimage.binary_fill_holes(patch)
-        dark &= ndimage.binary_erosion(patch, NEIGHBOURS)
-    return ink, dark
+    for box, patch in find_pieces(ink > 0):
+        height, width = patch.shape
+        is_solid = patch.sum() > 0.1 * ink.size and patch.mean() > 0.7
+        is_part = patch.size < ink.size
+        if is_solid and is_part and 0.4 < height / width < 2.5:
+            ink[:] = 0  # what lies beside it
+            patch = ndimage.binary_fill_holes(patch)
+            ink[box] = find_ink(grey[box]) * ndimage.binary_erosion(patch, NEIGHBOURS)
+            break
+    return ink
 
 
-def find_sides(pieces: np.ndarray) -> np.ndarray:
-    """The sides of numbered pieces: top, bottom, left and right, (4, 1 + N) int.
-
-    Those of number 0, the paper, are all 0.
-    """
-    boxes = ndimage.find_objects(pieces)
-    sides = [(y.start, y.stop, x.start, x.stop) for y, x in boxes]
-    return np.transpose([(0, 0, 0, 0), *sides])
-
-
-def find_digits(dark: np.ndarray) -> np.ndarray:
-    """The digits, numbered from 1 in reading order, as (H, W) int: 0 is no digit.
-
-    Raises ValueError if there are none.
-    """
-    pieces, _ = ndimage.label(dark, NEIGHBOURS)
-    top, bottom, left, right = find_sides(pieces)
-    size = np.maximum(bottom - top, right - left)
-    height, width = dark.shape
-    inside = (top > 0) & (left > 0) & (bottom < height) & (right < width)
+def find_digits(dark: np.ndarray) -> list[Piece]:
+    """The digits in reading order. Raises ValueError if there are none."""
+    if not dark.any():
+        raise ValueError("no writing was found, or it is too faint")
+    # Of the piece to which a pixel belongs; 0 for the paper.
+    height, width = np.zeros((2, *dark.shape))
+    for box, piece in find_pieces(dark):
+        height[box][piece], width[box][piece] = piece.shape
+    size = np.maximum(height, width)
+    # A piece that does not touch the picture's edge is a hole in the paper.
+    inside = ndimage.binary_fill_holes(~dark, NEIGHBOURS)
 
     # Half of the ink is in pieces of this size or less. The ink of pieces at the edge
-    # counts little.
-    amount = np.bincount(pieces.ravel())
-    weight = 1 + amount // np.where(inside, 1, 50)
-    weight[0] = 0  # the paper
-    tall = np.median(size.repeat(weight)) if dark.any() else 0
+    # does not count, unless there is hardly any other.
+    inner = size[dark & inside]
+    tall = np.median(inner if inner.size > dark.sum() / 50 else size[dark])
 
     # Much smaller pieces are dirt. At the edge, a piece must be about as large as a
     # digit, or it is a shadow.
-    used = np.where(inside, size > 0.1 * tall, abs(size - tall) < 0.3 * tall)
-    dark = used[pieces]
+    dark = np.where(inside, size > 0.1 * tall, abs(size - tall) < 0.3 * tall)
 
     # A piece that is less tall than a digit belongs to what is very near to it.
-    is_small = bottom - top < 0.6 * tall
-    near = ndimage.maximum_filter(dark & is_small[pieces], 1 + int(tall / 8))
-    pieces, _ = ndimage.label(dark | near, NEIGHBOURS)
-    pieces *= dark
-
-    top, bottom, left, right = find_sides(pieces)
-    digits = left.argsort()
-    # Dashes and dots are less tall than a third of a digit.
-    digits = digits[(bottom - top)[digits] >= max(8, tall / 3)]
-    if not digits.size:
+    is_small = dark & (height < 0.6 * tall)
+    near = ndimage.maximum_filter(is_small, 1 + int(tall / 8))
+    least = max(8, tall / 3)  # dashes and dots are less tall
+    digits = [
+        (box, digit) for box, digit in find_pieces(dark, near) if len(digit) >= least
+    ]
+    if not digits:
         raise ValueError(
             "no digit was found, or it is too small: crop the picture, or enlarge a "
             "small one"
@@ -215,11 +206,13 @@ def find_digits(dark: np.ndarray) -> np.ndarray:
 
     # A digit continues the first line whose last digit is at about the same level. So
     # lines may slant. If no two digits share a column, a line may jump up and down.
-    may_jump = (right[digits[:-1]] <= left[digits[1:]]).all()
+    sides = [(x.start, x.stop, (y.start + y.stop) / 2) for (y, x), _ in digits]
+    left, right, middle = np.transpose(sides)
+    order = left.argsort()
+    may_jump = (right[order[:-1]] <= left[order[1:]]).all()
     reach = (2 if may_jump else 0.7) * tall
-    middle = (top + bottom) / 2
     lines: list[list[int]] = []
-    for digit in digits:
+    for digit in order:
         for line in lines:
             if abs(middle[line[-1]] - middle[digit]) < reach:
                 line.append(digit)
@@ -227,10 +220,7 @@ def find_digits(dark: np.ndarray) -> np.ndarray:
         else:
             lines.append([digit])
     lines.sort(key=lambda line: middle[line].mean())
-
-    number = np.zeros_like(left)
-    number[np.concatenate(lines)] = 1 + np.arange(len(digits))
-    return number[pieces]
+    return [digits[number] for number in np.concatenate(lines)]
 
 
 def like_mnist(ink: np.ndarray) -> Tensor:
@@ -242,9 +232,9 @@ def like_mnist(ink: np.ndarray) -> Tensor:
     square = Image.fromarray(ink).crop((0, 0, side, side))
     image = np.asarray(square.resize((20, 20))).clip(0)
     image = (image / image.max()) ** 0.6  # a thin stroke would be too faint
-    y, x = ndimage.center_of_mass(image)
-    frame = x - 14, y - 14, x + 14, y + 14
-    pixels = 255 * np.asarray(Image.fromarray(image).crop(frame))
+    image = np.pad(image, 4)
+    shift = 14 - np.array(ndimage.center_of_mass(image))
+    pixels = 255 * ndimage.shift(image, shift.round(), order=0)
     return torch.from_numpy(pixels).round().byte()[None]
 
 
@@ -255,22 +245,20 @@ def read_page(picture: Picture) -> tuple[Tensor, list[Box]]:
     columns in `read_grey(picture)`. Raises as `read_grey` does, and ValueError for a
     picture without a digit.
     """
-    grey = read_grey(picture)
-    if grey.shape == (28, 28) and grey.max() > 0.1 > np.median(grey):
+    ink = read_grey(picture)
+    if ink.shape == (28, 28) and ink.max() > 0.1 > np.median(ink):
         # Light ink on black, as MNIST has it. A JPEG's black is not quite black.
-        ink, digits = grey, (grey > 0.1).astype(int)
+        digits = find_pieces(ink > 0.1, glue=True)  # a single digit
     else:
-        ink, dark = find_ink(grey)
-        digits = find_digits(dark)
-    boxes = ndimage.find_objects(digits)
-    each = [
-        like_mnist(ink[box] * (digits[box] == number))
-        for number, box in enumerate(boxes, 1)
-    ]
-    return torch.stack(each), boxes
+        ink = find_ink(ink)
+        digits = find_digits(ink > 0)
+    images = [like_mnist(ink[box] * digit) for box, digit in digits]
+    return torch.stack(images), [box for box, _ in digits]
 
 
-def predict_digits(model: nn.Module, pictures: Any) -> tuple[Tensor, Tensor]:
+def predict_digits(
+    model: nn.Module, pictures: list | np.ndarray
+) -> tuple[Tensor, Tensor]:
     """Read one digit from each of N pictures. For several, see `predict_page`.
 
     pictures: a list of paths, PIL images, or uint8 arrays (H, W) or (H, W, 3); or a
@@ -280,8 +268,6 @@ def predict_digits(model: nn.Module, pictures: Any) -> tuple[Tensor, Tensor]:
     is_batch = isinstance(pictures, np.ndarray) and pictures.shape[1:] == (28, 28)
     if not is_batch and not isinstance(pictures, list):
         raise TypeError("pictures must be a list, or a uint8 array (N, 28, 28)")
-    if not len(pictures):
-        raise ValueError("there are no pictures")
     images = []
     for i, picture in enumerate(pictures):
         try:
@@ -291,6 +277,8 @@ def predict_digits(model: nn.Module, pictures: Any) -> tuple[Tensor, Tensor]:
         if len(page) > 1:
             raise ValueError(f"pictures[{i}] has several digits: use predict_page")
         images.append(page)
+    if not images:
+        raise ValueError("there are no pictures")
     probabilities = infer(model, torch.cat(images)).softmax(1)
     return probabilities.argmax(1), probabilities
 
@@ -308,19 +296,21 @@ def predict_page(
     return probabilities.argmax(1), probabilities, boxes
 
 
-def save_answer(path: str, images: Tensor, boxes: list[Box], digits: list[int]) -> None:
+def save_answer(path: str, digits: list[int]) -> None:
     """Write seven_read.png for seven.jpg: the answers, and what the network sees."""
     from matplotlib.figure import Figure  # slow to import
     from torchvision.utils import make_grid
 
     figure = Figure(figsize=(8, 10), layout="constrained")
     page, seen = figure.subplots(2, height_ratios=(4, 1))
+    images, boxes = read_page(path)
     grey = read_grey(path)
     height, width = grey.shape
     page.imshow(grey, "gray", extent=(0, width, height, 0))  # pixel n from n to n + 1
     for digit, (y, x) in zip(digits, boxes, strict=True):
-        columns = x.start, x.stop
-        page.fill_between(columns, y.start, y.stop, facecolor="none", edgecolor="red")
+        page.fill_between(
+            (x.start, x.stop), y.start, y.stop, facecolor="none", edgecolor="red"
+        )
         page.text(x.start, y.start, digit, color="red")
     seen.imshow(make_grid(images, nrow=20)[0], "gray")
     figure.savefig(f"{Path(path).with_suffix('')}_read.png")
@@ -351,13 +341,12 @@ def main() -> int:
     status = 0
     for path in arguments.picture:
         try:
-            images, boxes = read_page(path)
-            certainty, digits = infer(model, images).softmax(1).max(1)
-            least = certainty.min()
+            digits, probabilities, _ = predict_page(model, path)
+            least = probabilities.amax(1).min()
             doubt = " not sure:" if least < NOT_SURE else ""
             print(f"{path}:{doubt}", *digits.tolist(), f"({least:.1%} sure)")
             if arguments.show:
-                save_answer(path, images, boxes, digits.tolist())
+                save_answer(path, digits.tolist())
         except (OSError, ValueError) as error:
             print(f"error: {path}: {error}", file=sys.stderr)
             status = 2
