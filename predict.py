@@ -24,7 +24,7 @@ from mnist_cnn import CHECKPOINT, infer, load_model
 
 Picture = str | Path | Image.Image | np.ndarray
 Box = tuple[slice, slice]  # rows and columns
-Piece = tuple[Box, np.ndarray]  # a box, and which of its pixels are meant: bool
+Piece = tuple[Box, np.ndarray]  # a box, and a mask of its pixels: (h, w) bool
 NEIGHBOURS = np.ones((3, 3))
 
 # A shorter side of 900 pixels or more is shrunk by a whole number, to 450 to 750. A
@@ -296,21 +296,19 @@ def predict_page(
     return probabilities.argmax(1), probabilities, boxes
 
 
-def save_answer(path: str, digits: list[int]) -> None:
+def save_answer(path: str, images: Tensor, boxes: list[Box], digits: list[int]) -> None:
     """Write seven_read.png for seven.jpg: the answers, and what the network sees."""
     from matplotlib.figure import Figure  # slow to import
     from torchvision.utils import make_grid
 
     figure = Figure(figsize=(8, 10), layout="constrained")
     page, seen = figure.subplots(2, height_ratios=(4, 1))
-    images, boxes = read_page(path)
     grey = read_grey(path)
     height, width = grey.shape
     page.imshow(grey, "gray", extent=(0, width, height, 0))  # pixel n from n to n + 1
     for digit, (y, x) in zip(digits, boxes, strict=True):
-        page.fill_between(
-            (x.start, x.stop), y.start, y.stop, facecolor="none", edgecolor="red"
-        )
+        columns = x.start, x.stop
+        page.fill_between(columns, y.start, y.stop, facecolor="none", edgecolor="red")
         page.text(x.start, y.start, digit, color="red")
     seen.imshow(make_grid(images, nrow=20)[0], "gray")
     figure.savefig(f"{Path(path).with_suffix('')}_read.png")
@@ -341,12 +339,13 @@ def main() -> int:
     status = 0
     for path in arguments.picture:
         try:
-            digits, probabilities, _ = predict_page(model, path)
-            least = probabilities.amax(1).min()
+            images, boxes = read_page(path)
+            certainty, digits = infer(model, images).softmax(1).max(1)
+            least = certainty.min()
             doubt = " not sure:" if least < NOT_SURE else ""
             print(f"{path}:{doubt}", *digits.tolist(), f"({least:.1%} sure)")
             if arguments.show:
-                save_answer(path, digits.tolist())
+                save_answer(path, images, boxes, digits.tolist())
         except (OSError, ValueError) as error:
             print(f"error: {path}: {error}", file=sys.stderr)
             status = 2
