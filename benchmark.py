@@ -80,9 +80,10 @@ def seeds(params: HyperParameters, n: int) -> None:
 
 def report(name: str, epochs: list[Metrics], metric: str) -> None:
     values = [epoch[metric] for epoch in epochs]
-    sd = stdev(values) if len(values) > 1 else float("nan")
     low, high = min(values), max(values)
-    print(f"{name}: {mean(values):.3f} ± {sd:.3f} % ({low:.2f} to {high:.2f})")
+    print(
+        f"{name}: {mean(values):.3f} ± {stdev(values):.3f} % ({low:.2f} to {high:.2f})"
+    )
 
 
 # ---- Speed ---------------------------------------------------------------------------
@@ -162,8 +163,10 @@ def main() -> None:
         formatter_class=RawDescriptionHelpFormatter,
     )
     parser.add_argument("measurement", choices=["seeds", "speed"])
-    parser.add_argument("--n", type=int, default=10, help="number of seeds")
+    parser.add_argument("--n", type=int, default=10, help="number of seeds, 2 or more")
     arguments, others = parser.parse_known_args()
+    if arguments.n < 2:
+        parser.error("--n must be 2 or more")
     flags = mnist_cnn.parse_flags(others)
     if flags.keys() & {"resume", "evaluate", "checkpoint"}:
         parser.error("--resume, --evaluate and --checkpoint are flags of mnist_cnn.py")
