@@ -115,7 +115,7 @@ if __name__ == "__main__":
     try:
         import gradio as gr
     except ImportError:
-        sys.exit('Install Gradio first: pip install "gradio>=6.10"')
+        sys.exit(f'Install Gradio: {sys.executable} -m pip install "gradio>=6.10"')
 
     stroke = 255 * np.eye(100, dtype=np.uint8)
     infer(MODEL, read_page(stroke)[0])  # the first time takes seconds

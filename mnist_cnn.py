@@ -60,7 +60,8 @@ class HyperParameters:
     augmentation, the strength of the random distortions, fade from epoch to epoch, so
     a single epoch has neither.
 
-    Raises ValueError, with the name of the field, for a value that makes no sense.
+    Raises ValueError, with the name of the field, for a value of another type or out of
+    range.
     """
 
     num_epochs: int = setting(20, "passes over the training images", 1, 999)
@@ -424,7 +425,9 @@ def train_epoch(
             num_seen = sum(map(len, batches))
         mean_loss, accuracy = show(progress, totals, num_seen)
     if not math.isfinite(mean_loss):
-        raise FloatingPointError(f"diverged in epoch {epoch}: lower learning_rate")
+        raise FloatingPointError(
+            f"the loss is not finite in epoch {epoch}: lower the learning rate"
+        )
     return mean_loss, accuracy
 
 
@@ -451,7 +454,7 @@ def train_model(
     process stays set.
 
     Raises OSError or ValueError for data or a file that cannot be used, and
-    FloatingPointError if the training diverges.
+    FloatingPointError if the loss is not finite.
     """
     from torchsummary import summary
 
@@ -544,13 +547,13 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
 
 
 def load_weights(model: TinyCNN, weights: dict[str, Any], origin: str | Path) -> None:
-    """load_state_dict, but the error for other layers names the file of origin."""
+    """load_state_dict, but the error for other content names the file of origin."""
     try:
         model.load_state_dict(weights)
-    except (RuntimeError, TypeError) as error:
+    except Exception as error:  # each kind of content raises its own
         raise ValueError(
-            f"{origin} does not fit this model. If you changed TinyCNN, train it anew. "
-            f"{error}"
+            f"{origin} does not fit this model: it holds other layers, or more than "
+            "weights. If you changed TinyCNN, train it anew."
         ) from error
 
 
@@ -725,8 +728,8 @@ def main() -> None:
         sys.exit(f"error: {textwrap.shorten(str(error), 500)}")
     except KeyboardInterrupt:
         hint = (
-            " --resume continues a training that has begun.\nWith it, set only "
-            "--checkpoint, --data-dir and --device again."
+            " --resume continues a training that has begun.\nWith it, repeat "
+            "--checkpoint, --data-dir and --device if you had set them."
         )
         sys.exit("\nStopped." + ("" if evaluate else hint))
 

@@ -27,8 +27,9 @@ Box = tuple[slice, slice]  # rows and columns
 Piece = tuple[Box, np.ndarray]  # a box, and a mask of its pixels: (h, w) bool
 NEIGHBOURS = np.ones((3, 3))
 
-# A shorter side of 900 pixels or more is shrunk by a whole number, to 450 to 750. A
-# pen's line of 0.4 mm on a page is still about one pixel wide then.
+# A shorter side of 900 pixels or more is shrunk by a whole number, to 450 to 750; that
+# of a JPEG, which is already shrunk while it is decoded, to 450 to 900. A pen's line of
+# 0.4 mm on a page is still about one pixel wide then.
 SIDE = 600
 NOT_SURE = 0.97  # see RESULTS.md for how often an answer below it is wrong
 
@@ -242,7 +243,8 @@ def read_page(picture: Picture) -> tuple[Tensor, list[Box]]:
     """The picture's N digits, from left to right, line by line, as MNIST's images.
 
     Returns the images (N, 1, 28, 28) uint8, and the box of each digit: its rows and
-    columns in `read_grey(picture)`. Raises as `read_grey` does, and ValueError for a
+    columns in `read_grey(picture)`. A picture of 28x28 pixels, light on black as
+    MNIST's, counts as one digit. Raises as `read_grey` does, and ValueError for a
     picture without a digit.
     """
     ink = read_grey(picture)

@@ -506,8 +506,8 @@ def test_a_training_that_stops_at_its_figures_can_be_resumed(main, monkeypatch):
         status, _, errors = main("--num-epochs 1 --validation-size 100")
     assert (status, errors) == (
         1,
-        "\nStopped. --resume continues a training that has begun.\nWith it, set only "
-        "--checkpoint, --data-dir and --device again.\n",
+        "\nStopped. --resume continues a training that has begun.\nWith it, repeat "
+        "--checkpoint, --data-dir and --device if you had set them.\n",
     )
     status, output, errors = main("--resume")
     assert (status, errors) == (0, "")
@@ -522,7 +522,7 @@ def test_a_training_that_diverges_stops(main, monkeypatch):
     monkeypatch.setattr(mnist_cnn, "augment", lambda images, _: images * math.nan)
     status, _, errors = main("--num-epochs 1 --validation-size 100")
     assert status == 1
-    assert errors == "error: diverged in epoch 1: lower learning_rate\n"
+    assert errors == "error: the loss is not finite in epoch 1: lower the learning rate\n"
 
 
 @pytest.mark.parametrize(
