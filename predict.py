@@ -303,10 +303,11 @@ def save_answer(path: str, images: Tensor, boxes: list[Box], digits: list[int]) 
     from matplotlib.figure import Figure  # slow to import
     from torchvision.utils import make_grid
 
-    figure = Figure(figsize=(8, 10), layout="constrained")
-    page, seen = figure.subplots(2, height_ratios=(4, 1))
     grey = read_grey(path)
     height, width = grey.shape
+    inches = min(8, 8 * height / width)
+    figure = Figure(figsize=(8, inches + 2), layout="constrained")
+    page, seen = figure.subplots(2, height_ratios=(inches, 2))
     page.imshow(grey, "gray", extent=(0, width, height, 0))  # pixel n from n to n + 1
     for digit, (y, x) in zip(digits, boxes, strict=True):
         columns = x.start, x.stop

@@ -522,7 +522,9 @@ def test_a_training_that_diverges_stops(main, monkeypatch):
     monkeypatch.setattr(mnist_cnn, "augment", lambda images, _: images * math.nan)
     status, _, errors = main("--num-epochs 1 --validation-size 100")
     assert status == 1
-    assert errors == "error: the loss is not finite in epoch 1: lower the learning rate\n"
+    assert (
+        errors == "error: the loss is not finite in epoch 1: lower the learning rate\n"
+    )
 
 
 @pytest.mark.parametrize(
