@@ -108,7 +108,7 @@ def find_lines(dark: np.ndarray) -> np.ndarray:
     """
     lines = np.zeros_like(dark)
     for ink, found in (dark, lines), (dark.T, lines.T):
-        thick = 1 + min(ink.shape) // 25
+        thick = 3 + min(ink.shape) // 25
         # A table's outer lines are the edge of the array: there is no ink beyond it.
         thin = ndimage.white_tophat(ink, (thick, 1), mode="constant")
         rows, columns = thin.nonzero()

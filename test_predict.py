@@ -164,9 +164,9 @@ def framed(picture):
 
 
 def in_boxes(picture):
-    """As in a form, where neighbouring boxes share a side. The digits touch them."""
+    """As in a form, where neighbours make a thick line. The 1 touches its box."""
     sides = [(0, 0), (200, 0), (200, 165), (0, 165), (0, 0)]
-    corners = (5, 10), (205, 10), (5, 228)
+    corners = (5, 10), (209, 10), (5, 228)
     boxes = [[(left + x, top + y) for x, y in sides] for left, top in corners]
     return with_lines(picture, boxes, 60, 4)
 
