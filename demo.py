@@ -125,7 +125,8 @@ if __name__ == "__main__":
             "Draw digits, or drop a photo, and see how a tiny network reads them."
         )
         with gr.Row():
-            pad = gr.HTML(html_template=PAD, js_on_load=PAD_SCRIPT)
+            with gr.Column():  # or else it shrinks to nothing on many phones
+                pad = gr.HTML(html_template=PAD, js_on_load=PAD_SCRIPT)
             with gr.Column():
                 with gr.Row():
                     with gr.Column(min_width=200):
