@@ -5,7 +5,8 @@ python benchmark.py speed           speed of training, against a plain loop
 
 Both take the hyperparameters of mnist_cnn.py as further flags. `seeds` trains
 with one thread per seed, and on as many seeds at a time as torch has threads.
-On a GPU it trains on one seed after the other. `speed` needs two epochs.
+On a GPU it trains on one seed after the other. `speed` needs --num-epochs
+of 2 or more.
 """
 
 import io
@@ -56,7 +57,7 @@ def seeds(params: HyperParameters, n: int) -> None:
     mnist_cnn.read_mnist(params.data_dir, train=True)
     on_cpu = mnist_cnn.pick_device(params.device).type == "cpu"
     num_workers = torch.get_num_threads() if on_cpu else 1
-    ignore_ctrl_c = (signal.SIGINT, signal.SIG_IGN)  # it stops the main process
+    ignore_ctrl_c = (signal.SIGINT, signal.SIG_IGN)  # it is for the main process alone
     chosen, last = [], []
     with spawn.Pool(num_workers, signal.signal, ignore_ctrl_c) as pool:
         for run, (history, seconds) in zip(
@@ -114,7 +115,7 @@ def train_plainly(params: HyperParameters, num_images: int) -> Iterator[None]:
 def train_as_we_do(params: HyperParameters, num_images: int) -> Iterator[None]:
     device = mnist_cnn.pick_device(params.device)
     images, labels = mnist_cnn.read_mnist(params.data_dir, train=True)
-    training_set = images[:num_images].to(device), labels[:num_images].to(device)
+    training_set = images[:num_images], labels[:num_images]
     parts = mnist_cnn.prepare_training(params, num_images, device)
     for epoch in range(1, params.num_epochs + 1):
         mnist_cnn.train_epoch(*parts, training_set, epoch, params)

@@ -20,6 +20,7 @@ import time
 from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import Field, asdict, dataclass, field, fields
 from io import BytesIO
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam
 from torch.optim.lr_scheduler import OneCycleLR
 from tqdm.auto import tqdm
@@ -57,8 +57,8 @@ class HyperParameters:
     """The settings of a training. In Python they may be NumPy numbers or a Path, too.
 
     learning_rate is that of the first step, a tenth of the highest. dropout_rate and
-    augmentation, the strength of the random distortions, fade from epoch to epoch, so
-    a single epoch has neither.
+    augmentation, the strength of the random distortions, fade during the training, so a
+    single epoch has neither.
 
     Raises ValueError, with the name of the field, for a value of another type or out of
     range.
@@ -96,19 +96,17 @@ class HyperParameters:
 
 def to_plain(value: Any, f: Field[Any]) -> int | float | str:
     """The value as the field's own type, because a saved state can hold only those."""
-    if f.type is str and isinstance(value, str | Path | torch.device):
-        return str(value)
     kind: Any = f.type
-    low, high = f.metadata["range"]
-    try:
-        number = kind(value)
-        fits = number == value and low <= number <= high
-    except (TypeError, ValueError, OverflowError):  # of int(None), int(math.nan), ...
-        fits = False
+    if kind is str:
+        rule = "text"
+        fits = isinstance(value, str | Path | torch.device)
+    else:
+        low, high = f.metadata["range"]
+        rule = f"{kind.__name__} from {low} to {high}"
+        fits = isinstance(value, Real) and low <= value <= high and kind(value) == value
     if not fits:
-        rule = "text" if kind is str else f"{kind.__name__} from {low} to {high}"
         raise ValueError(f"{f.name} is {value!r}, but must be {rule}")
-    return number
+    return kind(value)
 
 
 # ---- Data ----------------------------------------------------------------------------
@@ -134,14 +132,13 @@ def read_mnist(data_dir: str, train: bool) -> Split:
     return dataset.data.unsqueeze(1), dataset.targets
 
 
-def split_mnist(params: HyperParameters, device: torch.device) -> list[Split]:
+def split_mnist(params: HyperParameters) -> list[Split]:
     """Training, validation and test split, which do not depend on the random seed."""
     images, labels = read_mnist(params.data_dir, train=True)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     held_out, rest = order.tensor_split([params.validation_size])
     splits = [(images[part], labels[part]) for part in (rest, held_out)]
-    splits.append(read_mnist(params.data_dir, train=False))
-    return [(x.to(device), y.to(device)) for x, y in splits]
+    return [*splits, read_mnist(params.data_dir, train=False)]
 
 
 def normalize(images: Tensor) -> Tensor:
@@ -249,16 +246,6 @@ def infer(model: nn.Module, images: Tensor) -> Tensor:
     return torch.cat(batches).cpu()
 
 
-def measure(logits: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Mean cross-entropy in nats and accuracy in percent.
-
-    logits: (N, 10), labels: (N,) int64, both on the CPU.
-    """
-    loss = F.cross_entropy(logits, labels).item()
-    correct = logits.argmax(1) == labels
-    return loss, 100 * correct.double().mean().item()
-
-
 def evaluate_model(
     model: nn.Module, images: Tensor, labels: Tensor
 ) -> tuple[float, float]:
@@ -266,7 +253,10 @@ def evaluate_model(
 
     images: (N, 1, 28, 28) uint8, labels: (N,) int64. Raises TypeError as `infer` does.
     """
-    return measure(infer(model, images), labels.cpu())
+    logits, labels = infer(model, images), labels.cpu()
+    loss = F.cross_entropy(logits, labels).item()
+    correct = logits.argmax(1) == labels
+    return loss, 100 * correct.double().mean().item()
 
 
 # ---- Recipe --------------------------------------------------------------------------
@@ -323,8 +313,8 @@ def prepare_training(
     torch.backends.cudnn.deterministic = True
     torch.manual_seed(1000 * params.random_seed)
     model = TinyCNN().to(device)  # `train_epoch` sets the dropout rate
-    if device.type != "mps":  # there, gradients would be wrong (PyTorch issue 175189)
-        model.to(memory_format=torch.channels_last)  # faster on one thread
+    if device.type != "mps":  # there, BatchNorm would be wrong (PyTorch issue 175189)
+        model.to(memory_format=torch.channels_last)  # faster on one thread (RESULTS.md)
     optimizer = Adam(model.parameters(), fused=True)
     schedule = OneCycleLR(
         optimizer,
@@ -375,11 +365,12 @@ def train_epoch(
     Of several processes, each trains on its share of every batch. A last batch that is
     too small for them is left out. Raises FloatingPointError if the loss is not finite.
     """
-    images, labels = training_set
+    device = next(model.parameters()).device
+    images, labels = (part.to(device) for part in training_set)
     # The seed depends on the epoch, so --resume needs no generator's state.
     seed = 1000 * params.random_seed + epoch
     torch.manual_seed(seed)
-    order = torch.randperm(len(images)).to(images.device)
+    order = torch.randperm(len(images)).to(device)
     batches = [b for b in order.split(params.batch_size) if len(b) >= WORLD_SIZE]
     if WORLD_SIZE > 1:  # only the order is common to all processes
         torch.manual_seed(seed + RANK * 10**9)
@@ -395,14 +386,13 @@ def train_epoch(
         torch.bfloat16,
         enabled=params.precision == "auto" and has_bfloat16(),
     )
-    totals = torch.zeros(2, device=images.device)  # losses, correct answers
-    num_seen = 0
-    progress = tqdm(
+    totals = torch.zeros(3, device=device)  # losses, correct answers, images
+    with tqdm(
         desc=f"Epoch {epoch}/{params.num_epochs}",
         total=len(batches),
-        disable=RANK > 0 or not (IN_NOTEBOOK or sys.stderr.isatty()),  # nobody looks
-    )
-    with progress:
+        # A log file needs no bar.
+        disable=RANK > 0 or not (IN_NOTEBOOK or sys.stderr.isatty()),
+    ) as progress:
         for step, batch in enumerate(batches, 1):
             share = batch[RANK::WORLD_SIZE]
             inputs = normalize(augment(images[share], augmentation))
@@ -414,16 +404,15 @@ def train_epoch(
             optimizer.step()
             schedule.step()
 
-            correct = (logits.argmax(1) == labels[share]).sum()
-            totals += torch.stack([loss.detach(), correct])
-            num_seen += len(share)
+            totals[0] += loss.detach()
+            totals[1] += (logits.argmax(1) == labels[share]).sum()
+            totals[2] += len(share)
             progress.update()
             if step % 50 == 0:  # not at every step: reading a number makes a GPU wait
-                show(progress, totals, num_seen)
+                show(progress, totals)
         if WORLD_SIZE > 1:
             dist.all_reduce(totals)
-            num_seen = sum(map(len, batches))
-        mean_loss, accuracy = show(progress, totals, num_seen)
+        mean_loss, accuracy = show(progress, totals)
     if not math.isfinite(mean_loss):
         raise FloatingPointError(
             f"the loss is not finite in epoch {epoch}: lower the learning rate"
@@ -431,11 +420,13 @@ def train_epoch(
     return mean_loss, accuracy
 
 
-def show(progress: tqdm, totals: Tensor, num_images: int) -> tuple[float, float]:
-    """Show the mean loss and the accuracy in percent at the bar, and return them."""
-    loss, accuracy = (total / num_images for total in totals.tolist())
-    progress.set_postfix_str(f"loss={loss:.3f}, acc={100 * accuracy:.2f}%")
-    return loss, 100 * accuracy
+def show(progress: tqdm, totals: Tensor) -> tuple[float, float]:
+    """Show the mean loss and the accuracy in percent in the bar, and return them."""
+    loss, correct, num_images = totals.tolist()
+    mean_loss = loss / num_images
+    accuracy = 100 * (correct / num_images)
+    progress.set_postfix_str(f"loss={mean_loss:.3f}, acc={accuracy:.2f}%")
+    return mean_loss, accuracy
 
 
 def train_model(
@@ -447,7 +438,7 @@ def train_model(
     state of the training is saved to `<checkpoint>.resume`, before the first epoch and
     after every one, and stays there. resume=True continues from that file, and takes
     all settings but `device` and `data_dir` from it. On the same CPU, with as many
-    threads and processes, it ends in the same weights.
+    threads and processes, it ends in the weights of an uninterrupted training.
 
     Returns the model with the best weights, in eval mode, and all epochs' metrics. Only
     the first of several processes has them. What `prepare_training` sets for the whole
@@ -470,7 +461,7 @@ def train_model(
         history = state["history"]
 
     device = pick_device(params.device)
-    training, validation, test = split_mnist(params, device)
+    training, validation, test = split_mnist(params)
     parts = prepare_training(params, len(training[0]), device)
     model, optimizer, schedule = parts
     best_model = TinyCNN(params.dropout_rate)
@@ -478,7 +469,7 @@ def train_model(
         load_weights(best_model, state["best"], state_path)
         for part in parts:
             part.load_state_dict(state[type(part).__name__])
-    wrapped = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
+    wrapped = nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model
 
     def save_state() -> None:
         best = best_model.state_dict()
@@ -568,18 +559,6 @@ def load_model(model_path: str | Path, device: str = "auto") -> TinyCNN:
     return model.to(pick_device(device)).eval()
 
 
-def report(model: TinyCNN, data_dir: str) -> tuple[float, Split, Tensor]:
-    """Print the accuracy on the 10,000 test images.
-
-    Returns it, in percent, and the images with their labels, and the logits.
-    """
-    images, labels = read_mnist(data_dir, train=False)
-    logits = infer(model, images)
-    _, accuracy = measure(logits, labels)
-    print(f"Current test accuracy: {accuracy:.2f}%")
-    return accuracy, (images, labels), logits
-
-
 def load_and_evaluate_model(
     model_path: str | Path, params: HyperParameters
 ) -> tuple[TinyCNN, float]:
@@ -590,7 +569,9 @@ def load_and_evaluate_model(
     MNIST cannot be read.
     """
     model = load_model(model_path, params.device)
-    accuracy, *_ = report(model, params.data_dir)
+    images, labels = read_mnist(params.data_dir, train=False)
+    _, accuracy = evaluate_model(model, images, labels)
+    print(f"Current test accuracy: {accuracy:.2f}%")
     return model, accuracy
 
 
@@ -605,8 +586,8 @@ def plot_history(history: list[Metrics]) -> "Figure":
     import matplotlib.pyplot as plt
 
     figure, (loss, error) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    loss.set(title="Cross-entropy (nats)")
-    error.set(title="Error rate (%)")
+    loss.set_title("Cross-entropy (nats)")
+    error.set_title("Error rate (%)")
     epochs = [metrics["epoch"] for metrics in history]
     for split in ("train", "validation", "test"):
         losses = [metrics[f"{split}_loss"] for metrics in history]
@@ -718,12 +699,13 @@ def main() -> None:
             plot_history(history).savefig(f"{stem}_curves.png")
             print(f"The curves are drawn in {stem}_curves.png")
             print("Evaluating saved best model:")
-        model = load_model(checkpoint, params.device)
-        _, test, logits = report(model, params.data_dir)
-        plot_mistakes(*test, logits).savefig(f"{stem}_mistakes.png")
+        model, _ = load_and_evaluate_model(checkpoint, params)
+        images, labels = read_mnist(params.data_dir, train=False)
+        mistakes = plot_mistakes(images, labels, infer(model, images))
+        mistakes.savefig(f"{stem}_mistakes.png")
         print(f"Up to 48 mistakes are drawn in {stem}_mistakes.png")
         if not evaluate:
-            Path(f"{checkpoint}.resume").unlink()  # last, so that nothing is missing
+            Path(f"{checkpoint}.resume").unlink()  # only now nothing is left to do
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"error: {textwrap.shorten(str(error), 500)}")
     except KeyboardInterrupt:
