@@ -297,6 +297,18 @@ def test_schedules_of_the_learning_rate_augmentation_and_dropout(monkeypatch):
     assert rates[-1] < 1e-5
 
 
+def test_the_loss_and_accuracy_of_an_epoch_are_means_over_its_images(monkeypatch):
+    """Nothing changes the weights, so the evaluation has the same ones."""
+    monkeypatch.setattr(mnist_cnn, "augment", lambda images, _: images)
+    params = HyperParameters(batch_size=7, precision="float32")
+    images = torch.randint(256, (60, 1, 28, 28), dtype=torch.uint8)
+    labels = torch.randint(10, (60,))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+    trained = mnist_cnn.train_epoch(model, Mock(), Mock(), (images, labels), 1, params)
+    evaluated = mnist_cnn.evaluate_model(model, images, labels)
+    assert trained == pytest.approx(evaluated)
+
+
 def test_the_bar_ends_with_the_numbers_of_the_epoch(
     params, tmp_path, monkeypatch, capsys
 ):
