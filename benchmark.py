@@ -115,7 +115,7 @@ def train_plainly(params: HyperParameters, num_images: int) -> Iterator[None]:
 def train_as_we_do(params: HyperParameters, num_images: int) -> Iterator[None]:
     device = mnist_cnn.pick_device(params.device)
     images, labels = mnist_cnn.read_mnist(params.data_dir, train=True)
-    training_set = images[:num_images], labels[:num_images]
+    training_set = images[:num_images].to(device), labels[:num_images].to(device)
     parts = mnist_cnn.prepare_training(params, num_images, device)
     for epoch in range(1, params.num_epochs + 1):
         mnist_cnn.train_epoch(*parts, training_set, epoch, params)

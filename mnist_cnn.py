@@ -132,13 +132,14 @@ def read_mnist(data_dir: str, train: bool) -> Split:
     return dataset.data.unsqueeze(1), dataset.targets
 
 
-def split_mnist(params: HyperParameters) -> list[Split]:
+def split_mnist(params: HyperParameters, device: torch.device) -> list[Split]:
     """Training, validation and test split, which do not depend on the random seed."""
     images, labels = read_mnist(params.data_dir, train=True)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     held_out, rest = order.tensor_split([params.validation_size])
     splits = [(images[part], labels[part]) for part in (rest, held_out)]
-    return [*splits, read_mnist(params.data_dir, train=False)]
+    splits.append(read_mnist(params.data_dir, train=False))
+    return [(x.to(device), y.to(device)) for x, y in splits]
 
 
 def normalize(images: Tensor) -> Tensor:
@@ -246,6 +247,16 @@ def infer(model: nn.Module, images: Tensor) -> Tensor:
     return torch.cat(batches).cpu()
 
 
+def measure(logits: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Mean cross-entropy in nats and accuracy in percent.
+
+    logits: (N, 10), labels: (N,) int64, both on the CPU.
+    """
+    loss = F.cross_entropy(logits, labels).item()
+    correct = logits.argmax(1) == labels
+    return loss, 100 * correct.double().mean().item()
+
+
 def evaluate_model(
     model: nn.Module, images: Tensor, labels: Tensor
 ) -> tuple[float, float]:
@@ -253,10 +264,7 @@ def evaluate_model(
 
     images: (N, 1, 28, 28) uint8, labels: (N,) int64. Raises TypeError as `infer` does.
     """
-    logits, labels = infer(model, images), labels.cpu()
-    loss = F.cross_entropy(logits, labels).item()
-    correct = logits.argmax(1) == labels
-    return loss, 100 * correct.double().mean().item()
+    return measure(infer(model, images), labels.cpu())
 
 
 # ---- Recipe --------------------------------------------------------------------------
@@ -365,12 +373,11 @@ def train_epoch(
     Of several processes, each trains on its share of every batch. A last batch that is
     too small for them is left out. Raises FloatingPointError if the loss is not finite.
     """
-    device = next(model.parameters()).device
-    images, labels = (part.to(device) for part in training_set)
+    images, labels = training_set
     # The seed depends on the epoch, so --resume needs no generator's state.
     seed = 1000 * params.random_seed + epoch
     torch.manual_seed(seed)
-    order = torch.randperm(len(images)).to(device)
+    order = torch.randperm(len(images)).to(images.device)
     batches = [b for b in order.split(params.batch_size) if len(b) >= WORLD_SIZE]
     if WORLD_SIZE > 1:  # only the order is common to all processes
         torch.manual_seed(seed + RANK * 10**9)
@@ -386,7 +393,7 @@ def train_epoch(
         torch.bfloat16,
         enabled=params.precision == "auto" and has_bfloat16(),
     )
-    totals = torch.zeros(3, device=device)  # losses, correct answers, images
+    totals = torch.zeros(3, device=images.device)  # losses, correct answers, images
     with tqdm(
         desc=f"Epoch {epoch}/{params.num_epochs}",
         total=len(batches),
@@ -461,7 +468,7 @@ def train_model(
         history = state["history"]
 
     device = pick_device(params.device)
-    training, validation, test = split_mnist(params)
+    training, validation, test = split_mnist(params, device)
     parts = prepare_training(params, len(training[0]), device)
     model, optimizer, schedule = parts
     best_model = TinyCNN(params.dropout_rate)
@@ -559,6 +566,18 @@ def load_model(model_path: str | Path, device: str = "auto") -> TinyCNN:
     return model.to(pick_device(device)).eval()
 
 
+def report(model: TinyCNN, data_dir: str) -> tuple[float, Split, Tensor]:
+    """Print the accuracy on the 10,000 test images.
+
+    Returns it, in percent, and the images with their labels, and the logits.
+    """
+    images, labels = read_mnist(data_dir, train=False)
+    logits = infer(model, images)
+    _, accuracy = measure(logits, labels)
+    print(f"Current test accuracy: {accuracy:.2f}%")
+    return accuracy, (images, labels), logits
+
+
 def load_and_evaluate_model(
     model_path: str | Path, params: HyperParameters
 ) -> tuple[TinyCNN, float]:
@@ -569,9 +588,7 @@ def load_and_evaluate_model(
     MNIST cannot be read.
     """
     model = load_model(model_path, params.device)
-    images, labels = read_mnist(params.data_dir, train=False)
-    _, accuracy = evaluate_model(model, images, labels)
-    print(f"Current test accuracy: {accuracy:.2f}%")
+    accuracy, *_ = report(model, params.data_dir)
     return model, accuracy
 
 
@@ -699,10 +716,9 @@ def main() -> None:
             plot_history(history).savefig(f"{stem}_curves.png")
             print(f"The curves are drawn in {stem}_curves.png")
             print("Evaluating saved best model:")
-        model, _ = load_and_evaluate_model(checkpoint, params)
-        images, labels = read_mnist(params.data_dir, train=False)
-        mistakes = plot_mistakes(images, labels, infer(model, images))
-        mistakes.savefig(f"{stem}_mistakes.png")
+        model = load_model(checkpoint, params.device)
+        _, test, logits = report(model, params.data_dir)
+        plot_mistakes(*test, logits).savefig(f"{stem}_mistakes.png")
         print(f"Up to 48 mistakes are drawn in {stem}_mistakes.png")
         if not evaluate:
             Path(f"{checkpoint}.resume").unlink()  # only now nothing is left to do

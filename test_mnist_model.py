@@ -189,12 +189,12 @@ def test_numpy_numbers_and_paths_become_plain_python():
 
 
 def test_validation_images_are_not_trained_on_and_do_not_depend_on_the_seed(params):
-    (training, _), (validation, _), _ = mnist_cnn.split_mnist(params)
+    (training, _), (validation, _), _ = mnist_cnn.split_mnist(params, "cpu")
     assert len(validation) == 128
     parts = torch.cat([training, validation])
     images, _ = mnist_cnn.read_mnist(params.data_dir, train=True)
     assert_equal(parts.sum((1, 2, 3)).msort(), images.sum((1, 2, 3)).msort())
-    _, (again, _), _ = mnist_cnn.split_mnist(replace(params, random_seed=1))
+    _, (again, _), _ = mnist_cnn.split_mnist(replace(params, random_seed=1), "cpu")
     assert_equal(again, validation)
 
 
@@ -526,7 +526,7 @@ def test_a_training_that_stops_at_its_figures_can_be_resumed(main, monkeypatch):
     assert "Continuing after epoch 1 with HyperParameters(num_epochs=1" in output
     assert Path("best_mnist_model_curves.png").exists()
     assert not Path("best_mnist_model.pth.resume").exists()
-    monkeypatch.setattr(mnist_cnn, "load_and_evaluate_model", interrupt)
+    monkeypatch.setattr(mnist_cnn, "report", interrupt)
     assert main("--evaluate") == (1, "", "\nStopped.\n")
 
 
