@@ -56,7 +56,7 @@ def seeds(params: HyperParameters, n: int) -> None:
     # Every worker reads it, but it is downloaded once.
     mnist_cnn.read_mnist(params.data_dir, train=True)
     on_cpu = mnist_cnn.pick_device(params.device).type == "cpu"
-    num_workers = torch.get_num_threads() if on_cpu else 1
+    num_workers = min(n, torch.get_num_threads()) if on_cpu else 1
     ignore_ctrl_c = (signal.SIGINT, signal.SIG_IGN)  # it is for the main process alone
     chosen, last = [], []
     with spawn.Pool(num_workers, signal.signal, ignore_ctrl_c) as pool:

@@ -18,7 +18,7 @@ import sys
 import textwrap
 import time
 from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from io import BytesIO
 from numbers import Real
 from pathlib import Path
@@ -81,7 +81,7 @@ class HyperParameters:
     )
     device: str = setting("auto", "cpu, cuda, ...; auto takes a GPU if there is one")
     precision: str = setting(
-        "auto", "float32, or auto: bfloat16 if the CPU has AVX-512 BF16"
+        "auto", "float32, or auto: bfloat16 on CPUs with AVX-512 BF16"
     )
     data_dir: str = setting(
         os.environ.get("MNIST_DATA_DIR", "data"), "folder with MNIST/raw"
@@ -89,24 +89,22 @@ class HyperParameters:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            object.__setattr__(self, f.name, to_plain(getattr(self, f.name), f))
+            kind: Any = f.type
+            value = getattr(self, f.name)
+            if kind is str:
+                rule = "text"
+                fits = isinstance(value, str | Path | torch.device)
+            else:
+                low, high = f.metadata["range"]
+                rule = f"{kind.__name__} from {low} to {high}"
+                in_range = isinstance(value, Real) and low <= value <= high
+                fits = in_range and kind(value) == value
+            if not fits:
+                raise ValueError(f"{f.name} is {value!r}, but must be {rule}")
+            # A saved state can hold only Python's own types.
+            object.__setattr__(self, f.name, kind(value))
         if self.precision not in ("auto", "float32"):
             raise ValueError(f"precision is {self.precision!r}, not auto or float32")
-
-
-def to_plain(value: Any, f: Field[Any]) -> int | float | str:
-    """The value as the field's own type, because a saved state can hold only those."""
-    kind: Any = f.type
-    if kind is str:
-        rule = "text"
-        fits = isinstance(value, str | Path | torch.device)
-    else:
-        low, high = f.metadata["range"]
-        rule = f"{kind.__name__} from {low} to {high}"
-        fits = isinstance(value, Real) and low <= value <= high and kind(value) == value
-    if not fits:
-        raise ValueError(f"{f.name} is {value!r}, but must be {rule}")
-    return kind(value)
 
 
 # ---- Data ----------------------------------------------------------------------------
@@ -176,6 +174,9 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+# ---- Model ---------------------------------------------------------------------------
 
 
 class TinyCNN(nn.Module):
@@ -314,8 +315,8 @@ def prepare_training(
     It rises in the first 30 % of the steps, and ends at almost 0. Adam's beta1 goes the
     other way. Smith and Topin, "Super-Convergence", 2018.
 
-    For the whole process, freed memory is kept (on Linux), and cuDNN becomes
-    deterministic: two trainings on a GPU would differ otherwise.
+    For the whole process, PyTorch is seeded, freed memory is kept (on Linux), and cuDNN
+    becomes deterministic: two trainings on a GPU would differ otherwise.
     """
     keep_freed_memory()
     torch.backends.cudnn.deterministic = True
@@ -445,7 +446,8 @@ def train_model(
     state of the training is saved to `<checkpoint>.resume`, before the first epoch and
     after every one, and stays there. resume=True continues from that file, and takes
     all settings but `device` and `data_dir` from it. On the same CPU, with as many
-    threads and processes, it ends in the weights of an uninterrupted training.
+    threads, and with one or two processes as before, it ends in the weights of an
+    uninterrupted training.
 
     Returns the model with the best weights, in eval mode, and all epochs' metrics. Only
     the first of several processes has them. What `prepare_training` sets for the whole
@@ -632,8 +634,8 @@ def plot_mistakes(images: Tensor, labels: Tensor, logits: Tensor) -> "Figure":
     import matplotlib.pyplot as plt
 
     confidence, guesses = logits.softmax(1).max(1)
-    missed = (guesses != labels).nonzero().flatten()
-    missed = missed[confidence[missed].argsort(descending=True)]
+    order = confidence.argsort(descending=True)
+    missed = order[(guesses != labels)[order]]
 
     figure, grid = plt.subplots(6, 8, figsize=(9, 8), layout="constrained")
     figure.suptitle(f"{len(missed):,} of {len(labels):,} images missed")
@@ -721,7 +723,8 @@ def main() -> None:
         plot_mistakes(*test, logits).savefig(f"{stem}_mistakes.png")
         print(f"Up to 48 mistakes are drawn in {stem}_mistakes.png")
         if not evaluate:
-            Path(f"{checkpoint}.resume").unlink()  # only now nothing is left to do
+            # Only now nothing is left to do. A second training may have deleted it.
+            Path(f"{checkpoint}.resume").unlink(missing_ok=True)
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"error: {textwrap.shorten(str(error), 500)}")
     except KeyboardInterrupt:

@@ -38,7 +38,8 @@ def read_grey(picture: Picture) -> np.ndarray:
     """The picture as if on white paper: (H, W) float32 from 0 (black) to 1 (white).
 
     Raises OSError for a file that cannot be read, and TypeError for what is neither a
-    file name, a PIL image nor a uint8 array (H, W) or (H, W, 3).
+    file name, a PIL image nor a uint8 array (H, W), (H, W, 3) or, with opacity,
+    (H, W, 4).
     """
     match picture:
         case str() | Path() | Image.Image():
@@ -132,8 +133,8 @@ def erase_lines(dark: np.ndarray) -> np.ndarray:
     """
     clean = dark.copy()
     for box, piece in find_pieces(dark):
-        inside = ndimage.binary_fill_holes(piece)
-        if dark[box][inside].sum() > 1.1 * piece.sum():
+        filled = ndimage.binary_fill_holes(piece)
+        if dark[box][filled].sum() > 1.1 * piece.sum():
             lines = find_lines(piece)
             clean[box] &= ~(lines if lines.any() else piece)
     return clean & ~find_lines(clean)
@@ -175,11 +176,11 @@ def find_digits(dark: np.ndarray) -> list[Piece]:
     """The digits in reading order. Raises ValueError if there are none."""
     if not dark.any():
         raise ValueError("no writing was found, or it is too faint")
-    # Of the piece to which a pixel belongs; 0 for the paper.
-    height, width = np.zeros((2, *dark.shape))
+    # The height of each pixel's piece, and the longer side; 0 for the paper.
+    height, size = np.zeros((2, *dark.shape))
     for box, piece in find_pieces(dark):
-        height[box][piece], width[box][piece] = piece.shape
-    size = np.maximum(height, width)
+        height[box][piece] = len(piece)
+        size[box][piece] = max(piece.shape)
     # A piece that does not touch the picture's edge is a hole in the paper.
     inside = ndimage.binary_fill_holes(~dark, NEIGHBOURS)
 
@@ -209,7 +210,7 @@ def find_digits(dark: np.ndarray) -> list[Piece]:
     # lines may slant. If no two digits share a column, a line may jump up and down.
     sides = [(x.start, x.stop, (y.start + y.stop) / 2) for (y, x), _ in digits]
     left, right, middle = np.transpose(sides)
-    order = left.argsort()
+    order = left.argsort(kind="stable")  # the same on every CPU
     may_jump = (right[order[:-1]] <= left[order[1:]]).all()
     reach = (2 if may_jump else 0.7) * tall
     lines: list[list[int]] = []
@@ -267,9 +268,11 @@ def predict_digits(
     uint8 array (N, 28, 28). Returns the digits (N,) int64 and the probabilities
     (N, 10). Raises as `read_page` does, and ValueError for several digits in a picture.
     """
-    is_batch = isinstance(pictures, np.ndarray) and pictures.shape[1:] == (28, 28)
-    if not is_batch and not isinstance(pictures, list):
-        raise TypeError("pictures must be a list, or a uint8 array (N, 28, 28)")
+    match pictures:
+        case list() | np.ndarray(shape=(_, 28, 28)):
+            pass
+        case _:
+            raise TypeError("pictures must be a list, or a uint8 array (N, 28, 28)")
     images = []
     for i, picture in enumerate(pictures):
         try:

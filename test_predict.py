@@ -121,13 +121,13 @@ def test_the_digit_is_fitted_like_those_of_mnist():
 
 @pytest.mark.parametrize("width", [2, 21])
 def test_a_one_is_neither_a_ruled_line_nor_a_sheet(width):
-    one = with_lines(Image.new("L", (60, 160), 235), [(30, 10, 30, 150)], width=width)
+    one = with_lines(page_of((60, 160)), [(30, 10, 30, 150)], width=width)
     assert read(one) == [1]
 
 
 def test_two_thin_ones_are_no_ruled_lines():
     ones = [[(x, 30), (x, 170)] for x in (60, 140)]
-    assert read(with_lines(Image.new("L", (200, 200), 235), ones, width=6)) == [1, 1]
+    assert read(with_lines(draw([]), ones, width=6)) == [1, 1]
 
 
 def test_a_patch_that_fills_the_picture_is_not_searched_for_ever():
@@ -165,15 +165,16 @@ def framed(picture):
 
 def in_boxes(picture):
     """As in a form, where neighbours make a thick line. The 1 touches its box."""
-    sides = [(0, 0), (200, 0), (200, 165), (0, 165), (0, 0)]
-    corners = (5, 10), (209, 10), (5, 228)
-    boxes = [[(left + x, top + y) for x, y in sides] for left, top in corners]
-    return with_lines(picture, boxes, 60, 4)
+    form = picture.copy()
+    for left, top in (3, 9), (207, 9), (3, 227):
+        box = left, top, left + 204, top + 167
+        ImageDraw.Draw(form).rectangle(box, outline=60, width=4)
+    return form
 
 
 def on_a_large_sheet(picture):
     """The digits are 12 of its 600 pixels tall, like 4 mm on A4."""
-    sheet = Image.new("L", (600, 600), 235)
+    sheet = page_of((600, 600))
     sheet.paste(picture.resize((48, 32)))
     return sheet
 
@@ -245,7 +246,7 @@ def test_a_page_of_every_kind_is_read(kind):
 @pytest.mark.parametrize("kind", [in_grain, on_a_table, with_dust])
 def test_nothing_is_read_on_a_blank_sheet(kind):
     with pytest.raises(ValueError, match="was found"):
-        predict.read_page(kind(Image.new("L", (600, 400), 235)))
+        predict.read_page(kind(page_of((600, 400))))
 
 
 @pytest.mark.parametrize(
@@ -314,17 +315,16 @@ def test_a_line_may_jump_if_no_two_digits_share_a_column(down, digits):
     assert read(page_of((600, 600), (ONE, (200, 0)), *sevens)) == digits
 
 
-def test_one_bad_picture_does_not_stop_the_others(tmp_path):
-    in_a_cell(draw([])).save(tmp_path / "empty.png")
-    (tmp_path / "text.png").write_text("no picture")
-    draw(SEVEN).save(tmp_path / "exif.png", exif=b"Exif\0\0garbage")
-    draw(SEVEN).save(tmp_path / "größe.png")  # not to be printed in ASCII
-    draw(SEVEN).save(tmp_path / "seven.png")
+def test_one_bad_picture_does_not_stop_the_others(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    in_a_cell(draw([])).save("empty.png")
+    Path("text.png").write_text("no picture")
+    draw(SEVEN).save("exif.png", exif=b"Exif\0\0garbage")
+    draw(SEVEN).save("größe.png")  # not to be printed in ASCII
+    draw(SEVEN).save("seven.png")
     names = ["empty.png", "text.png", "missing.png", "exif.png"]
     arguments = [*names, "--show", "--checkpoint", CHECKPOINT, "größe.png", "seven.png"]
-    result = run_python(
-        predict.__file__, *arguments, cwd=tmp_path, PYTHONIOENCODING="ascii"
-    )
+    result = run_python(predict.__file__, *arguments, PYTHONIOENCODING="ascii")
     assert result.returncode == 2
     assert re.fullmatch(
         r"gr\\xf6\\xdfe.png: 7 \(.*% sure\)\nseven.png: 7 \(.*% sure\)\n",
@@ -332,33 +332,35 @@ def test_one_bad_picture_does_not_stop_the_others(tmp_path):
     )
     errors = [line.split(": ")[1] for line in result.stderr.splitlines()]
     assert errors == names
-    assert Image.open(tmp_path / "seven_read.png").size == (800, 1000)
+    assert Image.open("seven_read.png").size == (800, 1000)
 
 
 def test_an_uncertain_answer_is_marked(tmp_path, monkeypatch, capsys):
-    draw(SEVEN).save(tmp_path / "seven.png")
+    monkeypatch.chdir(tmp_path)
+    draw(SEVEN).save("seven.png")
     monkeypatch.setattr(predict, "NOT_SURE", 1.1)
-    monkeypatch.setattr(sys, "argv", ["predict.py", str(tmp_path / "seven.png")])
+    monkeypatch.setattr(sys, "argv", ["predict.py", "seven.png"])
     assert predict.main() == 0
     assert "seven.png: not sure: 7 (" in capsys.readouterr().out
 
 
-def test_the_snippets_of_the_readme_work(tmp_path):
-    shutil.copy(CHECKPOINT, tmp_path)
-    draw(SEVEN).save(tmp_path / "seven.jpg")
-    draw(ONE).save(tmp_path / "three.png")
+def test_the_snippets_of_the_readme_work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(CHECKPOINT, ".")
+    draw(SEVEN).save("seven.jpg")
+    draw(ONE).save("three.png")
     readme = SCRIPT.with_name("README.md").read_text()
-    read, evaluate, train, by_hand = re.findall(r"(?s)```python\n(.*?)```", readme)
+    reading, evaluate, train, by_hand = re.findall(r"(?s)```python\n(.*?)```", readme)
     environment = {
         "PYTHONPATH": str(SCRIPT.parent),
         "MNIST_DATA_DIR": write_images(tmp_path / "few", num_training=5_128),
     }
     for program, answer in (
         (evaluate + train + "print(len(history))", "5"),
-        (read + "print(digits.tolist())", "[7, 1]"),
+        (reading + "print(digits.tolist())", "[7, 1]"),
         (by_hand + "print(digit in range(10))", "True"),
     ):
-        result = run_python("-c", program, cwd=tmp_path, **environment)
+        result = run_python("-c", program, **environment)
         assert result.stdout.splitlines()[-1:] == [answer], result.stderr
 
 
