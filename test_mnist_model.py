@@ -131,7 +131,8 @@ def test_shipped_checkpoint_has_the_keys_and_the_function_of_the_reference():
     expected = x.flatten(1) @ weights["fc.1.weight"].T + weights["fc.1.bias"]
 
     model = mnist_cnn.load_model(CHECKPOINT, device="cpu")
-    logits = mnist_cnn.infer(model, images)
+    assert not model.training
+    logits = mnist_cnn.infer(model.train(), images)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -266,8 +267,8 @@ def test_mistakes_are_counted_and_sorted_by_confidence():
     images = torch.zeros(4, 1, 28, 28)
     figure = mnist_cnn.plot_mistakes(images, labels, logits)
     assert figure.get_suptitle() == "3 of 4 images missed"
-    titles = [axes.get_title()[:6] for axes in figure.axes[:4]]
-    assert titles == ["3 as 5", "7 as 1", "3 as 5", ""]
+    titles = [axes.get_title() for axes in figure.axes[:4]]
+    assert titles == ["3 as 5, 69%", "7 as 1, 45%", "3 as 5, 23%", ""]
 
 
 # ---- Training ------------------------------------------------------------------------
@@ -276,32 +277,41 @@ def test_mistakes_are_counted_and_sorted_by_confidence():
 def test_schedules_of_the_learning_rate_augmentation_and_dropout(monkeypatch):
     params = HyperParameters(num_epochs=5, batch_size=4)
     parts = mnist_cnn.prepare_training(params, 80, torch.device("cpu"))
-    model, _, schedule = parts
+    model, optimizer, _ = parts
     steps = []
 
     def augment(images, strength):
+        assert model.training
+        assert images.dtype == torch.uint8  # normalized afterwards
         dropout = {layer.p for layer in model.modules() if hasattr(layer, "p")}
-        steps.append((strength, *dropout, *schedule.get_last_lr()))
+        (group,) = optimizer.param_groups
+        rates = group["lr"], group["betas"][0]
+        steps.append((strength, *dropout, *rates, torch.rand(1).item()))
         return images
 
     monkeypatch.setattr(mnist_cnn, "augment", augment)
-    training_set = torch.zeros(80, 1, 28, 28), torch.arange(80) % 10
+    images = torch.zeros(80, 1, 28, 28, dtype=torch.uint8)
+    training_set = images, torch.arange(80) % 10
     for epoch in range(1, 6):
         mnist_cnn.train_epoch(*parts, training_set, epoch, params)
-    strengths, dropout, rates = np.transpose(steps)
+        model.eval()  # as the evaluation leaves it
+    strengths, dropout, rates, betas, draws = np.transpose(steps)
     assert strengths[::20] == pytest.approx([1, 1, 0.8, 0.4, 0])
     assert dropout[::20] == pytest.approx([0.15, 0.05, 0, 0, 0])
     assert (rates[0], rates.max()) == pytest.approx((0.0009, 0.009))
     assert rates.argmax() == pytest.approx(30, abs=1)
     assert rates[-1] < 1e-5
+    assert betas.argmin() == rates.argmax()
+    assert len(set(draws[::20])) == 5  # no two epochs are distorted alike
 
 
 def test_the_loss_and_accuracy_of_an_epoch_are_means_over_its_images(monkeypatch):
     """Nothing changes the weights, so the evaluation has the same ones."""
     monkeypatch.setattr(mnist_cnn, "augment", lambda images, _: images)
+    monkeypatch.setattr(mnist_cnn, "has_bfloat16", lambda: True)
     params = HyperParameters(batch_size=7, precision="float32")
-    images = torch.randint(256, (60, 1, 28, 28), dtype=torch.uint8)
-    labels = torch.randint(10, (60,))
+    images = torch.randint(256, (57, 1, 28, 28), dtype=torch.uint8)
+    labels = torch.randint(10, (57,))
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
     trained = mnist_cnn.train_epoch(model, Mock(), Mock(), (images, labels), 1, params)
     evaluated = mnist_cnn.evaluate_model(model, images, labels)
@@ -328,6 +338,9 @@ def test_a_resumed_training_ends_like_an_uninterrupted_one(
     whole, history = train_model(params, "whole.pth")
     _, accuracy = mnist_cnn.load_and_evaluate_model("whole.pth", params)
     assert accuracy == history[best]["test_accuracy"]
+    _, validation, _ = mnist_cnn.split_mnist(params, "cpu")
+    loss, _ = mnist_cnn.evaluate_model(whole, *validation)
+    assert loss == pytest.approx(history[best]["validation_loss"])
 
     path = Path("resumed.pth")
     older = replace(params, random_seed=7)  # another training, given up
@@ -337,16 +350,16 @@ def test_a_resumed_training_ends_like_an_uninterrupted_one(
             patch.setattr(mnist_cnn.tqdm, "update", steps)
             train_model(settings, path)
 
-    shutil.copy(CHECKPOINT, path)  # another training's weights
+    path.unlink()  # the best weights so far, which are in the state, too
     here = HyperParameters(data_dir=params.data_dir)
     for _ in range(2):  # the second time, all epochs are finished
         resumed, again = train_model(here, path, resume=True)
         assert again == history
         assert_equal(resumed.state_dict(), whole.state_dict())
         assert_equal(torch.load(path), whole.state_dict())
-    assert str(resumed) == str(TinyCNN())  # with its dropout
+    assert str(whole) == str(resumed) == str(TinyCNN())  # with its dropout
     assert not resumed.training
-    assert all(weights.is_contiguous() for weights in resumed.state_dict().values())
+    assert all(weights.is_contiguous() for weights in whole.state_dict().values())
 
 
 # ---- Several processes ---------------------------------------------------------------
@@ -355,8 +368,8 @@ def test_a_resumed_training_ends_like_an_uninterrupted_one(
 def test_the_mean_gradient_of_three_processes_is_that_of_one(monkeypatch):
     params = HyperParameters(batch_size=61, precision="float32")
     images, labels = torch.randint(256, (62, 1, 28, 28)), torch.randint(10, (62,))
-    draws = []
-    monkeypatch.setattr(dist, "all_reduce", lambda _: None)
+    draws, totals = [], []
+    monkeypatch.setattr(dist, "all_reduce", totals.append)
 
     def augment(images, _):
         draws.append(torch.rand(1).item())
@@ -377,6 +390,7 @@ def test_the_mean_gradient_of_three_processes_is_that_of_one(monkeypatch):
     several = torch.stack([gradient(rank, 3) for rank in range(3)])
     torch.testing.assert_close(several.mean(0), one, rtol=1e-4, atol=1e-6)
     assert len(set(draws)) == 4
+    assert sum(totals)[2] == 61  # each process counts its own images
     for rank in range(3):
         gradient(rank, 3, count=62)
     assert len(draws) == 7  # each takes one step: the last batch of 1 is too small
@@ -423,7 +437,8 @@ def test_a_file_that_is_no_checkpoint_is_named(write, complaint, tmp_path, monke
 
 
 def test_a_state_of_another_model_is_named(params):
-    state = {"params": asdict(params), "history": [], "best": {}}
+    elsewhere = asdict(replace(params, data_dir="nowhere", device="gpu"))
+    state = {"params": elsewhere, "history": [], "best": {}}
     torch.save(state, "some.pth.resume")
     with pytest.raises(ValueError, match=r"some.pth.resume does not fit"):
         train_model(params, "some.pth", resume=True)
@@ -509,21 +524,22 @@ def main(params, monkeypatch, capsys):
 
 def test_a_training_that_stops_at_its_figures_can_be_resumed(main, monkeypatch):
     interrupt = Mock(side_effect=KeyboardInterrupt)
+    flags = " --device cpu --checkpoint runs/a.pth"
     with monkeypatch.context() as patch:
         patch.setattr(mnist_cnn, "plot_history", interrupt)
-        end, _, errors = main("--num-epochs 1 --validation-size 100")
+        end, _, errors = main("--num-epochs 1 --validation-size 100" + flags)
     assert (end, errors) == (
         "\nStopped. --resume continues a training that has begun.\nWith it, repeat "
         "--checkpoint, --data-dir and --device if you had set them.",
         "",
     )
-    end, output, errors = main("--resume")
+    end, output, errors = main("--resume" + flags)
     assert (end, errors) == (None, "")
     assert "Continuing after epoch 1 with HyperParameters(num_epochs=1" in output
-    assert Path("best_mnist_model_curves.png").exists()
-    assert not Path("best_mnist_model.pth.resume").exists()
+    names = {"a.pth", "a_history.json", "a_curves.png", "a_mistakes.png"}
+    assert set(os.listdir("runs")) == names
     monkeypatch.setattr(mnist_cnn, "report", interrupt)
-    assert main("--evaluate") == ("\nStopped.", "", "")
+    assert main("--evaluate" + flags) == ("\nStopped.", "", "")
 
 
 def test_a_training_that_diverges_stops(main, monkeypatch):

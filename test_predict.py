@@ -1,5 +1,6 @@
 """Tests of predict.py and demo.py, with digits that are drawn here."""
 
+import os
 import re
 import shutil
 import sys
@@ -83,6 +84,7 @@ def test_the_shipped_checkpoint_reads_pictures_of_every_kind(tmp_path):
         "faint": draw(SEVEN, pen=190),
         "very bold": draw(SEVEN, width=45),
         "cut out": seven.crop((52, 32, 148, 168)),
+        "thin and cut out": draw(SEVEN, width=1).crop((52, 32, 148, 168)),
         "on lined paper": lined,
         "in a dark box": np.pad(255 - pixels, 50, constant_values=255),
         "beside a dark edge": with_lines(seven, [(7, 0, 7, 200)], 0, 15),
@@ -93,7 +95,8 @@ def test_the_shipped_checkpoint_reads_pictures_of_every_kind(tmp_path):
         "small, faint and in a corner": np.pad(small, [(1, 13), (13, 1)]),
     }
     model = load_model(CHECKPOINT)
-    digits, _ = predict.predict_digits(model, list(pictures.values()))
+    digits, probabilities = predict.predict_digits(model, list(pictures.values()))
+    assert probabilities.numpy().sum(1) == pytest.approx(1)
     answers = dict(zip(pictures, digits.tolist(), strict=True))
     assert answers == dict.fromkeys(pictures, 7)
 
@@ -107,7 +110,7 @@ def test_the_digit_is_fitted_like_those_of_mnist():
     image = fit(draw(SEVEN))
     for fitted in (image, fit(image)):
         rows, _ = fitted.nonzero()
-        assert np.ptp(rows) + 1 == 20
+        assert (np.ptp(rows) + 1, fitted.max()) == (20, 255)
         assert center_of_mass(fitted) == pytest.approx((14, 14), abs=0.5)
     bar = np.zeros((28, 28), np.uint8)
     bar[4:24, 10:19] = 100
@@ -115,6 +118,7 @@ def test_the_digit_is_fitted_like_those_of_mnist():
     assert (fit(bar) == np.where(bar == 100, 145, bar)).all()  # 255 (100 / 255)^0.6
     jpeg = image | 9  # black is not quite black there
     jpeg[::27, ::27] = 0
+    jpeg[10] = 9  # a broken stroke
     rows, _ = (fit(jpeg) > 50).nonzero()
     assert np.ptp(rows) + 1 == pytest.approx(20, abs=1)
 
@@ -271,13 +275,16 @@ def test_an_empty_list_is_refused():
 
 
 def test_a_page_is_read_line_by_line():
-    digits, _, boxes = predict.predict_page(load_model(CHECKPOINT), PAGE)
+    digits, probabilities, boxes = predict.predict_page(load_model(CHECKPOINT), PAGE)
+    assert probabilities.numpy().sum(1) == pytest.approx(1)
     assert digits.tolist() == [1, 7, 7]
     assert [columns.start < 200 for _, columns in boxes] == [True, False, True]
     with pytest.raises(ValueError, match=r"pictures\[0\] has several digits"):
         predict.predict_digits(None, [PAGE])
     with pytest.raises(ValueError, match=r"pictures\[1\]: no writing was found"):
         predict.predict_digits(None, [draw(SEVEN), draw([])])
+    with pytest.raises(ValueError, match=r"pictures\[0\]: no writing was found"):
+        predict.predict_digits(None, np.zeros((1, 28, 28), np.uint8))
 
 
 def test_thin_slanting_lines_are_erased_in_a_small_picture():
@@ -335,13 +342,24 @@ def test_one_bad_picture_does_not_stop_the_others(tmp_path, monkeypatch):
     assert Image.open("seven_read.png").size == (800, 1000)
 
 
-def test_an_uncertain_answer_is_marked(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    draw(SEVEN).save("seven.png")
-    monkeypatch.setattr(predict, "NOT_SURE", 1.1)
-    monkeypatch.setattr(sys, "argv", ["predict.py", "seven.png"])
+def test_the_least_certain_digit_decides_whether_an_answer_is_sure(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)  # the checkpoint lies beside the script
+    PAGE.save("page.png")
+    logits = torch.eye(10)[[1, 7, 7]] * torch.tensor([[9], [5.375], [9]])
+    monkeypatch.setattr(predict, "infer", lambda *_: logits)
+    monkeypatch.setattr(sys, "argv", ["predict.py", "page.png"])
     assert predict.main() == 0
-    assert "seven.png: not sure: 7 (" in capsys.readouterr().out
+    assert capsys.readouterr().out == "page.png: not sure: 1 7 7 (96.0% sure)\n"
+    assert os.listdir() == ["page.png"]  # nothing is drawn
+
+
+def test_a_missing_checkpoint_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["predict.py", "a.png", "--checkpoint", "no.pth"])
+    with pytest.raises(SystemExit):
+        predict.main()
+    assert "No such file or directory: 'no.pth'" in capsys.readouterr().err
 
 
 def test_the_snippets_of_the_readme_work(tmp_path, monkeypatch):
@@ -376,7 +394,8 @@ def test_the_demo_answers_a_drawing_a_photo_and_no_picture(tmp_path, monkeypatch
         assert np.argmax(probabilities) == 7
     assert recognize(None) == ("", None)
     refusal = "This file cannot be read. Export it as a JPEG or PNG."
-    assert recognize({"path": "seven.png"}) == (refusal, None)  # the server's own file
+    outside = os.path.relpath("seven.png", UPLOADS.name)  # the server's own file
+    assert recognize({"path": f"{UPLOADS.name}/{outside}"}) == (refusal, None)
     PAGE.save(Path(UPLOADS.name, "page.png"))
     answer, _ = recognize({"path": f"{UPLOADS.name}/page.png"})
-    assert re.fullmatch(r"1 \(\d+%\), 7 \(\d+%\), 7 \(\d+%\)", answer)
+    assert re.fullmatch(r"1 \(\d\d+%\), 7 \(\d\d+%\), 7 \(\d\d+%\)", answer)
