@@ -350,7 +350,7 @@ def test_a_resumed_training_ends_like_an_uninterrupted_one(
             patch.setattr(mnist_cnn.tqdm, "update", steps)
             train_model(settings, path)
 
-    path.unlink()  # the best weights so far, which are in the state, too
+    path.unlink()  # an epoch saved it; the state holds the best weights, too
     here = HyperParameters(data_dir=params.data_dir)
     for _ in range(2):  # the second time, all epochs are finished
         resumed, again = train_model(here, path, resume=True)
