@@ -44,7 +44,7 @@ def read_grey(picture: Picture) -> np.ndarray:
     match picture:
         case str() | Path() | Image.Image():
             pass
-        case np.ndarray(dtype=np.uint8, ndim=2 | 3):
+        case np.ndarray(dtype=np.uint8, shape=(_, _) | (_, _, 3 | 4)):
             picture = Image.fromarray(picture)
         case _:
             raise TypeError(
@@ -153,14 +153,11 @@ def find_ink(grey: np.ndarray) -> np.ndarray:
     ink = ndimage.gaussian_filter(ink, min(grey.shape) / SIDE)
     sample = ink[::3, ::3]  # a view; the quantiles of all pixels would be slow
     ink -= np.quantile(sample, 0.3)  # bare paper, even where most of it is covered
-    # About the standard deviation of bare paper. With much ink it comes out too high.
-    grain = 2.6 * np.quantile(abs(sample), 0.3)
-    # Ink is at least a quarter as dark as it usually is, and stands out from the grain.
     usual = ink[ink >= ink.max() / 2].mean()
-    ink *= erase_lines(ink > max(usual / 4, 6 * grain))
 
-    # A solid patch is taken for a sheet, a card or a screen with the digits on it.
-    for box, patch in find_pieces(ink > 0):
+    # A solid patch is taken for a sheet, a card or a screen with the digits on it. It
+    # need not stand out from the grain of a table.
+    for box, patch in find_pieces(ink > usual / 4):
         height, width = patch.shape
         is_solid = patch.sum() > 0.1 * ink.size and patch.mean() > 0.7
         is_part = patch.size < ink.size
@@ -168,8 +165,12 @@ def find_ink(grey: np.ndarray) -> np.ndarray:
             ink[:] = 0  # what lies beside it
             patch = ndimage.binary_fill_holes(patch)
             ink[box] = find_ink(grey[box]) * ndimage.binary_erosion(patch, NEIGHBOURS)
-            break
-    return ink
+            return ink
+
+    # About the standard deviation of bare paper. With much ink it comes out too high.
+    grain = 2.6 * np.quantile(abs(sample), 0.3)
+    # Ink is at least a quarter as dark as it usually is, and stands out from the grain.
+    return ink * erase_lines(ink > max(usual / 4, 6 * grain))
 
 
 def find_digits(dark: np.ndarray) -> list[Piece]:
@@ -185,8 +186,8 @@ def find_digits(dark: np.ndarray) -> list[Piece]:
     inside = ndimage.binary_fill_holes(~dark, NEIGHBOURS)
 
     # Half of the ink is in pieces of this size or less. The ink of pieces at the edge
-    # does not count, unless there is hardly any other.
-    inner = size[dark & inside]
+    # does not count, nor does that of lines, unless there is hardly any other.
+    inner = size[dark & inside & (size < 5 * height)]
     tall = np.median(inner if inner.size > dark.sum() / 50 else size[dark])
 
     # Much smaller pieces are dirt. At the edge, a piece must be about as large as a

@@ -123,6 +123,13 @@ def test_the_digit_is_fitted_like_those_of_mnist():
     assert np.ptp(rows) + 1 == pytest.approx(20, abs=1)
 
 
+def test_a_light_zero_in_a_dark_box_is_not_taken_for_its_inside():
+    angles = np.linspace(0, 2 * np.pi, 50)
+    zero = draw([(100 + 30 * np.sin(a), 100 + 70 * np.cos(a)) for a in angles])
+    box = ImageOps.expand(ImageOps.invert(zero), 50, "white")
+    assert read(box) == [0]
+
+
 @pytest.mark.parametrize("width", [2, 21])
 def test_a_one_is_neither_a_ruled_line_nor_a_sheet(width):
     one = with_lines(page_of((60, 160)), [(30, 10, 30, 150)], width=width)
@@ -158,6 +165,18 @@ def on_a_table(picture):
 def on_a_black_table(picture):
     """The sheet fills almost the whole picture."""
     return ImageOps.expand(picture, 60, 35).rotate(4, fillcolor=35)
+
+
+def on_a_rough_table(picture):
+    """Written with a pale pencil, in light that falls off to the right."""
+    table = np.random.default_rng(0).normal(70, 20, (600, 1)) + np.zeros(900)
+    table[100:500, 150:750] = np.maximum(picture, 150)
+    return (table * np.linspace(1, 0.55, 900)).clip(0, 255).astype(np.uint8)
+
+
+def underlined(picture):
+    """Twice, with more ink than the digits have."""
+    return with_lines(picture, [(20, y, 340, y + 4) for y in (198, 216)])
 
 
 def framed(picture):
@@ -231,6 +250,8 @@ def with_dust(picture):
         on_squared_paper,
         on_a_table,
         on_a_black_table,
+        on_a_rough_table,
+        underlined,
         framed,
         in_boxes,
         on_a_large_sheet,
@@ -261,6 +282,7 @@ def test_nothing_is_read_on_a_blank_sheet(kind):
         torch.zeros(2, 28, 28, dtype=torch.uint8),
         [None],
         [np.zeros((28, 28, 1), np.uint8)],
+        [np.zeros((28, 28, 2), np.uint8)],
         [np.zeros(784, np.uint8)],
     ],
 )
