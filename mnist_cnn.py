@@ -445,8 +445,8 @@ def train_model(
     Whenever an epoch is the best so far, its weights are saved to `checkpoint`. The
     state of the training is saved to `<checkpoint>.resume`, before the first epoch and
     after every one, and stays there. resume=True continues from that file, and takes
-    all settings but `device` and `data_dir` from it. On the same CPU, with as many
-    threads, and with one or two processes as before, it ends in the weights of an
+    all settings but `device` and `data_dir` from it. On the same CPU, with the same
+    number of threads and of processes (one or two), it ends in the weights of an
     uninterrupted training.
 
     Returns the model with the best weights, in eval mode, and all epochs' metrics. Only
@@ -634,8 +634,8 @@ def plot_mistakes(images: Tensor, labels: Tensor, logits: Tensor) -> "Figure":
     import matplotlib.pyplot as plt
 
     confidence, guesses = logits.softmax(1).max(1)
-    order = confidence.argsort(descending=True)
-    missed = order[(guesses != labels)[order]]
+    missed = (guesses != labels).nonzero().flatten()
+    missed = missed[confidence[missed].argsort(descending=True)]
 
     figure, grid = plt.subplots(6, 8, figsize=(9, 8), layout="constrained")
     figure.suptitle(f"{len(missed):,} of {len(labels):,} images missed")
@@ -723,8 +723,7 @@ def main() -> None:
         plot_mistakes(*test, logits).savefig(f"{stem}_mistakes.png")
         print(f"Up to 48 mistakes are drawn in {stem}_mistakes.png")
         if not evaluate:
-            # Only now nothing is left to do. A second training may have deleted it.
-            Path(f"{checkpoint}.resume").unlink(missing_ok=True)
+            Path(f"{checkpoint}.resume").unlink()  # only now is nothing left to do
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"error: {textwrap.shorten(str(error), 500)}")
     except KeyboardInterrupt:

@@ -48,8 +48,8 @@ def read_grey(picture: Picture) -> np.ndarray:
             picture = Image.fromarray(picture)
         case _:
             raise TypeError(
-                "a picture is a file name, a PIL image or a uint8 array (H, W) or "
-                "(H, W, 3)"
+                "a picture is a file name, a PIL image or a uint8 array (H, W), "
+                "(H, W, 3) or (H, W, 4)"
             )
     try:
         if isinstance(picture, str | Path):
@@ -185,8 +185,9 @@ def find_digits(dark: np.ndarray) -> list[Piece]:
     # A piece that does not touch the picture's edge is a hole in the paper.
     inside = ndimage.binary_fill_holes(~dark, NEIGHBOURS)
 
-    # Half of the ink is in pieces of this size or less. The ink of pieces at the edge
-    # does not count, nor does that of lines, unless there is hardly any other.
+    # Half of the ink is in pieces of this size or less. Ink at the edge does not count,
+    # nor do lines, which are five times as long as tall. But if there is hardly any
+    # other ink, all of it counts.
     inner = size[dark & inside & (size < 5 * height)]
     tall = np.median(inner if inner.size > dark.sum() / 50 else size[dark])
 
@@ -265,9 +266,9 @@ def predict_digits(
 ) -> tuple[Tensor, Tensor]:
     """Read one digit from each of N pictures. For several, see `predict_page`.
 
-    pictures: a list of paths, PIL images, or uint8 arrays (H, W) or (H, W, 3); or a
-    uint8 array (N, 28, 28). Returns the digits (N,) int64 and the probabilities
-    (N, 10). Raises as `read_page` does, and ValueError for several digits in a picture.
+    pictures: a list of what `read_grey` takes, or a uint8 array (N, 28, 28). Returns
+    the digits (N,) int64 and the probabilities (N, 10). Raises as `read_page` does, and
+    ValueError for several digits in a picture.
     """
     match pictures:
         case list() | np.ndarray(shape=(_, 28, 28)):

@@ -57,7 +57,7 @@ def write_images(folder, num_training):
 
 @pytest.fixture
 def params(tmp_path, monkeypatch):
-    """Three epochs of ten steps, on images that are made here, in an empty folder."""
+    """Three epochs of ten steps, on images that are made here. Changes to tmp_path."""
     monkeypatch.chdir(tmp_path)
     data_dir = write_images(tmp_path / "few", num_training=768)
     return HyperParameters(num_epochs=3, validation_size=128, data_dir=data_dir)
@@ -350,7 +350,8 @@ def test_a_resumed_training_ends_like_an_uninterrupted_one(
             patch.setattr(mnist_cnn.tqdm, "update", steps)
             train_model(settings, path)
 
-    path.unlink()  # an epoch saved it; the state holds the best weights, too
+    path.unlink()  # an epoch has saved it
+    shutil.copy(CHECKPOINT, path)  # another training's weights
     here = HyperParameters(data_dir=params.data_dir)
     for _ in range(2):  # the second time, all epochs are finished
         resumed, again = train_model(here, path, resume=True)
@@ -359,7 +360,8 @@ def test_a_resumed_training_ends_like_an_uninterrupted_one(
         assert_equal(torch.load(path), whole.state_dict())
     assert str(whole) == str(resumed) == str(TinyCNN())  # with its dropout
     assert not resumed.training
-    assert all(weights.is_contiguous() for weights in whole.state_dict().values())
+    for model in (whole, resumed):
+        assert all(weights.is_contiguous() for weights in model.state_dict().values())
 
 
 # ---- Several processes ---------------------------------------------------------------
@@ -504,9 +506,9 @@ def test_the_script_alone_in_a_folder_trains_and_evaluates(params):
 
 @pytest.fixture
 def main(params, monkeypatch, capsys):
-    """The command line, in an empty folder: from flags to what ends it, and outputs.
+    """The command line, in tmp_path: returns how it ended, its output and its errors.
 
-    It ends with None, with argparse's 2, or with a text, for which Python exits with 1.
+    It ended with None, with argparse's 2, or with a text: then Python's status is 1.
     """
 
     def call(flags):

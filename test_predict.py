@@ -91,6 +91,7 @@ def test_the_shipped_checkpoint_reads_pictures_of_every_kind(tmp_path):
         "in a shadow": (pixels * np.linspace(0.3, 1, 200)).astype(np.uint8),
         "turned": tmp_path / "turned.jpg",
         "transparent": transparent,
+        "with opacity": np.asarray(transparent.convert("RGBA")),
         "of 16 bits": Image.fromarray(pixels.astype(np.uint16) * 256),
         "small, faint and in a corner": np.pad(small, [(1, 13), (13, 1)]),
     }
@@ -123,7 +124,7 @@ def test_the_digit_is_fitted_like_those_of_mnist():
     assert np.ptp(rows) + 1 == pytest.approx(20, abs=1)
 
 
-def test_a_light_zero_in_a_dark_box_is_not_taken_for_its_inside():
+def test_a_light_zero_in_a_dark_box_is_read():
     angles = np.linspace(0, 2 * np.pi, 50)
     zero = draw([(100 + 30 * np.sin(a), 100 + 70 * np.cos(a)) for a in angles])
     box = ImageOps.expand(ImageOps.invert(zero), 50, "white")
