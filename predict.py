@@ -153,11 +153,12 @@ def find_ink(grey: np.ndarray) -> np.ndarray:
     ink = ndimage.gaussian_filter(ink, min(grey.shape) / SIDE)
     sample = ink[::3, ::3]  # a view; the quantiles of all pixels would be slow
     ink -= np.quantile(sample, 0.3)  # bare paper, even where most of it is covered
-    usual = ink[ink >= ink.max() / 2].mean()
+    # Ink is at least a quarter as dark as it usually is.
+    faintest = ink[ink >= ink.max() / 2].mean() / 4
 
     # A solid patch is taken for a sheet, a card or a screen with the digits on it. It
     # need not stand out from the grain of a table.
-    for box, patch in find_pieces(ink > usual / 4):
+    for box, patch in find_pieces(ink > faintest):
         height, width = patch.shape
         is_solid = patch.sum() > 0.1 * ink.size and patch.mean() > 0.7
         is_part = patch.size < ink.size
@@ -169,8 +170,8 @@ def find_ink(grey: np.ndarray) -> np.ndarray:
 
     # About the standard deviation of bare paper. With much ink it comes out too high.
     grain = 2.6 * np.quantile(abs(sample), 0.3)
-    # Ink is at least a quarter as dark as it usually is, and stands out from the grain.
-    return ink * erase_lines(ink > max(usual / 4, 6 * grain))
+    # Ink stands out from the grain, too.
+    return ink * erase_lines(ink > max(faintest, 6 * grain))
 
 
 def find_digits(dark: np.ndarray) -> list[Piece]:

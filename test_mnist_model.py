@@ -524,9 +524,14 @@ def main(params, monkeypatch, capsys):
     return call
 
 
-def test_a_training_that_stops_at_its_figures_can_be_resumed(main, monkeypatch):
+@pytest.mark.parametrize(
+    ("flags", "stem"),
+    [("", "best_mnist_model"), (" --device cpu --checkpoint runs/a.pth", "runs/a")],
+)
+def test_a_training_that_stops_at_its_figures_can_be_resumed(
+    flags, stem, main, monkeypatch
+):
     interrupt = Mock(side_effect=KeyboardInterrupt)
-    flags = " --device cpu --checkpoint runs/a.pth"
     with monkeypatch.context() as patch:
         patch.setattr(mnist_cnn, "plot_history", interrupt)
         end, _, errors = main("--num-epochs 1 --validation-size 100" + flags)
@@ -538,8 +543,9 @@ def test_a_training_that_stops_at_its_figures_can_be_resumed(main, monkeypatch):
     end, output, errors = main("--resume" + flags)
     assert (end, errors) == (None, "")
     assert "Continuing after epoch 1 with HyperParameters(num_epochs=1" in output
-    names = {"a.pth", "a_history.json", "a_curves.png", "a_mistakes.png"}
-    assert set(os.listdir("runs")) == names
+    endings = ".pth", "_history.json", "_curves.png", "_mistakes.png"
+    names = {f"{stem}{ending}" for ending in endings}
+    assert {path.as_posix() for path in Path().glob(f"{stem}*")} == names
     monkeypatch.setattr(mnist_cnn, "report", interrupt)
     assert main("--evaluate" + flags) == ("\nStopped.", "", "")
 
