@@ -83,6 +83,36 @@ def find_pieces(dark: np.ndarray, glue: np.ndarray | bool = False) -> list[Piece
     return [(box, numbers[box] == number) for number, box in enumerate(boxes, 1)]
 
 
+def find_sheets(grey: np.ndarray) -> list[Piece]:
+    """The sheets, cards or screens that are lighter than the table around them."""
+    # This is slow, so it works on a smaller picture.
+    picture = Image.fromarray(grey)
+    shrink = 1 + min(grey.shape) // 50
+    light = np.asarray(picture.reduce(shrink))
+    # The table's brightness spreads from the edge of the picture, as far as the picture
+    # is as bright: reconstruction by dilation (Vincent, 1993). So paper on which more
+    # light falls is no sheet. Nor is the inside of a 0, because the table is taken to
+    # be at least as bright as the edge is on average.
+    table = light.copy()
+    table[1:-1, 1:-1] = light[[0, -1]].mean()
+    previous = light
+    while not np.array_equal(table, previous):
+        previous = table
+        table = np.minimum(ndimage.maximum_filter(table, 3), light)
+    lighter = Image.fromarray(light - table > 0.15 * light).resize(picture.size)
+
+    sheets = []
+    for box, sheet in find_pieces(np.asarray(lighter)):
+        height, width = sheet.shape
+        is_large = sheet.size > 0.06 * grey.size
+        is_solid = sheet.mean() > 0.75  # a square that is turned by 8 degrees has 0.78
+        if is_large and is_solid and 0.4 < height / width < 2.5:
+            sheet = ndimage.binary_fill_holes(sheet)  # the holes are the writing
+            sheet = ndimage.binary_erosion(sheet, NEIGHBOURS, shrink)  # without its rim
+            sheets.append((box, sheet))
+    return sheets
+
+
 def find_paper(grey: np.ndarray) -> np.ndarray:
     """The brightness that the paper has, or would have without the ink: (H, W)."""
     # The filters are slow, so they work on a smaller picture.
@@ -114,9 +144,9 @@ def find_lines(dark: np.ndarray) -> np.ndarray:
         thin = ndimage.white_tophat(ink, (thick, 1), mode="constant")
         rows, columns = thin.nonzero()
         width = ink.shape[1]
-        for slope in np.linspace(-0.12, 0.12, 73):  # up to 7 degrees
+        for slope in np.arange(-0.12, 0.12, 1 / width):  # up to 7 degrees
             line = (rows - slope * columns + width).astype(int)
-            is_long = np.bincount(line) > 0.6 * width
+            is_long = np.bincount(line) > 0.5 * width
             if is_long.any() and np.ptp(is_long.nonzero()) > 2 * thick:
                 found[rows, columns] |= is_long[line]
         if not lines.any():
@@ -124,20 +154,23 @@ def find_lines(dark: np.ndarray) -> np.ndarray:
     return ndimage.binary_dilation(lines)  # with their blurred edges
 
 
-def erase_lines(dark: np.ndarray) -> np.ndarray:
+def erase_lines(ink: np.ndarray, threshold: float) -> np.ndarray:
     """The ink without ruled lines, and without what encloses other ink: (H, W) bool.
 
     The other ink must be a tenth of the enclosing ink or more. Of a table or a row of
     boxes only the lines are erased, because digits may touch them. What has no such
     lines, like a circle, is erased as a whole.
     """
+    dark = ink > threshold
     clean = dark.copy()
     for box, piece in find_pieces(dark):
         filled = ndimage.binary_fill_holes(piece)
         if dark[box][filled].sum() > 1.1 * piece.sum():
             lines = find_lines(piece)
             clean[box] &= ~(lines if lines.any() else piece)
-    return clean & ~find_lines(clean)
+    # A line that is just as faint as the threshold would be found in parts only.
+    faint = ink > threshold / 1.5
+    return clean & ~find_lines(faint ^ dark ^ clean)
 
 
 def find_ink(grey: np.ndarray) -> np.ndarray:
@@ -151,27 +184,13 @@ def find_ink(grey: np.ndarray) -> np.ndarray:
     paper = find_paper(grey)
     ink = (paper - grey) / (paper + 0.02)
     ink = ndimage.gaussian_filter(ink, min(grey.shape) / SIDE)
-    sample = ink[::3, ::3]  # a view; the quantiles of all pixels would be slow
-    ink -= np.quantile(sample, 0.3)  # bare paper, even where most of it is covered
+    ink -= np.quantile(ink, 0.3)  # bare paper, even where most of it is covered
     # Ink is at least a quarter as dark as it usually is.
     faintest = ink[ink >= ink.max() / 2].mean() / 4
-
-    # A solid patch is taken for a sheet, a card or a screen with the digits on it. It
-    # need not stand out from the grain of a table.
-    for box, patch in find_pieces(ink > faintest):
-        height, width = patch.shape
-        is_solid = patch.sum() > 0.1 * ink.size and patch.mean() > 0.7
-        is_part = patch.size < ink.size
-        if is_solid and is_part and 0.4 < height / width < 2.5:
-            ink[:] = 0  # what lies beside it
-            patch = ndimage.binary_fill_holes(patch)
-            ink[box] = find_ink(grey[box]) * ndimage.binary_erosion(patch, NEIGHBOURS)
-            return ink
-
     # About the standard deviation of bare paper. With much ink it comes out too high.
-    grain = 2.6 * np.quantile(abs(sample), 0.3)
+    grain = 2.6 * np.quantile(abs(ink), 0.3)
     # Ink stands out from the grain, too.
-    return ink * erase_lines(ink > max(faintest, 6 * grain))
+    return ink * erase_lines(ink, max(faintest, 6 * grain))
 
 
 def find_digits(dark: np.ndarray) -> list[Piece]:
@@ -187,9 +206,9 @@ def find_digits(dark: np.ndarray) -> list[Piece]:
     inside = ndimage.binary_fill_holes(~dark, NEIGHBOURS)
 
     # Half of the ink is in pieces of this size or less. Ink at the edge does not count,
-    # nor do lines, which are five times as long as tall. But if there is hardly any
+    # nor do lines, which are four times as long as tall. But if there is hardly any
     # other ink, all of it counts.
-    inner = size[dark & inside & (size < 5 * height)]
+    inner = size[dark & inside & (size < 4 * height)]
     tall = np.median(inner if inner.size > dark.sum() / 50 else size[dark])
 
     # Much smaller pieces are dirt. At the edge, a piece must be about as large as a
@@ -201,7 +220,9 @@ def find_digits(dark: np.ndarray) -> list[Piece]:
     near = ndimage.maximum_filter(is_small, 1 + int(tall / 8))
     least = max(8, tall / 3)  # dashes and dots are less tall
     digits = [
-        (box, digit) for box, digit in find_pieces(dark, near) if len(digit) >= least
+        (box, digit)
+        for box, digit in find_pieces(dark, near)
+        if len(digit) >= least and digit.shape[1] < 4 * len(digit)
     ]
     if not digits:
         raise ValueError(
@@ -211,15 +232,12 @@ def find_digits(dark: np.ndarray) -> list[Piece]:
 
     # A digit continues the first line whose last digit is at about the same level. So
     # lines may slant. If no two digits share a column, a line may jump up and down.
-    sides = [(x.start, x.stop, (y.start + y.stop) / 2) for (y, x), _ in digits]
-    left, right, middle = np.transpose(sides)
-    order = left.argsort(kind="stable")  # the same on every CPU
-    may_jump = (right[order[:-1]] <= left[order[1:]]).all()
-    reach = (2 if may_jump else 0.7) * tall
+    sides = [(x.start, (y.start + y.stop) / 2) for (y, x), _ in digits]
+    left, middle = np.transpose(sides)
     lines: list[list[int]] = []
-    for digit in order:
+    for digit in left.argsort(kind="stable"):  # the same on every CPU
         for line in lines:
-            if abs(middle[line[-1]] - middle[digit]) < reach:
+            if abs(middle[line[-1]] - middle[digit]) < 0.7 * tall:
                 line.append(digit)
                 break
         else:
@@ -251,12 +269,17 @@ def read_page(picture: Picture) -> tuple[Tensor, list[Box]]:
     MNIST's, counts as one digit. Raises as `read_grey` does, and ValueError for a
     picture without a digit.
     """
-    ink = read_grey(picture)
-    if ink.shape == (28, 28) and ink.max() > 0.1 > np.median(ink):
+    grey = read_grey(picture)
+    if grey.shape == (28, 28) and grey.max() > 0.1 > np.median(grey):
         # Light ink on black, as MNIST has it. A JPEG's black is not quite black.
+        ink = grey
         digits = find_pieces(ink > 0.1, glue=True)  # a single digit
     else:
-        ink = find_ink(ink)
+        ink = np.zeros_like(grey)
+        whole = np.s_[:, :], np.ones_like(grey, bool)
+        sheets = find_sheets(grey) or find_sheets(1 - grey) or [whole]
+        for box, sheet in sheets:
+            ink[box] += find_ink(grey[box]) * sheet
         digits = find_digits(ink > 0)
     images = [like_mnist(ink[box] * digit) for box, digit in digits]
     return torch.stack(images), [box for box, _ in digits]
@@ -309,12 +332,9 @@ def save_answer(path: str, images: Tensor, boxes: list[Box], digits: list[int]) 
     from matplotlib.figure import Figure  # slow to import
     from torchvision.utils import make_grid
 
-    grey = read_grey(path)
-    height, width = grey.shape
-    inches = min(8, 8 * height / width)
-    figure = Figure(figsize=(8, inches + 2), layout="constrained")
-    page, seen = figure.subplots(2, height_ratios=(inches, 2))
-    page.imshow(grey, "gray", extent=(0, width, height, 0))  # pixel n from n to n + 1
+    figure = Figure(figsize=(8, 10), layout="constrained")
+    page, seen = figure.subplots(2, height_ratios=(4, 1))
+    page.imshow(read_grey(path), "gray")
     for digit, (y, x) in zip(digits, boxes, strict=True):
         columns = x.start, x.stop
         page.fill_between(columns, y.start, y.stop, facecolor="none", edgecolor="red")
