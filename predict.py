@@ -151,7 +151,7 @@ def find_lines(dark: np.ndarray) -> np.ndarray:
                 found[rows, columns] |= is_long[line]
         if not lines.any():
             break
-    return ndimage.binary_dilation(lines)  # with their blurred edges
+    return lines
 
 
 def erase_lines(ink: np.ndarray, threshold: float) -> np.ndarray:
