@@ -84,15 +84,18 @@ def find_pieces(dark: np.ndarray, glue: np.ndarray | bool = False) -> list[Piece
 
 
 def find_sheets(grey: np.ndarray) -> list[Piece]:
-    """The sheets, cards or screens that are lighter than the table around them."""
+    """The sheets, cards or screens that are lighter than the table around them.
+
+    In the negative of a picture, 1 - grey, these are the ones that are darker.
+    """
     # This is slow, so it works on a smaller picture.
     picture = Image.fromarray(grey)
     shrink = 1 + min(grey.shape) // 50
     light = np.asarray(picture.reduce(shrink))
     # The table's brightness spreads from the edge of the picture, as far as the picture
-    # is as bright: reconstruction by dilation (Vincent, 1993). So paper on which more
-    # light falls is no sheet. Nor is the inside of a 0, because the table is taken to
-    # be at least as bright as the edge is on average.
+    # is as bright: reconstruction by dilation (Vincent, 1993). The table is taken to be
+    # at least as bright as the upper and lower edge are on average, because otherwise
+    # the inside of a 0 would be a sheet.
     table = light.copy()
     table[1:-1, 1:-1] = light[[0, -1]].mean()
     previous = light
@@ -105,7 +108,9 @@ def find_sheets(grey: np.ndarray) -> list[Piece]:
     for box, sheet in find_pieces(np.asarray(lighter)):
         height, width = sheet.shape
         is_large = sheet.size > 0.06 * grey.size
-        is_solid = sheet.mean() > 0.75  # a square that is turned by 8 degrees has 0.78
+        # A square that is turned by 7 degrees fills 0.8 of its box. An ellipse, like a
+        # pool of light or a bold 0, fills 0.785.
+        is_solid = sheet.mean() > 0.79
         if is_large and is_solid and 0.4 < height / width < 2.5:
             sheet = ndimage.binary_fill_holes(sheet)  # the holes are the writing
             sheet = ndimage.binary_erosion(sheet, NEIGHBOURS, shrink)  # without its rim
@@ -168,7 +173,8 @@ def erase_lines(ink: np.ndarray, threshold: float) -> np.ndarray:
         if dark[box][filled].sum() > 1.1 * piece.sum():
             lines = find_lines(piece)
             clean[box] &= ~(lines if lines.any() else piece)
-    # A line that is just as faint as the threshold would be found in parts only.
+    # A line is often as faint as the threshold, and only parts of it would be found. So
+    # the search is in fainter ink, without what was just erased.
     faint = ink > threshold / 1.5
     return clean & ~find_lines(faint ^ dark ^ clean)
 
@@ -218,11 +224,11 @@ def find_digits(dark: np.ndarray) -> list[Piece]:
     # A piece that is less tall than a digit belongs to what is very near to it.
     is_small = dark & (height < 0.6 * tall)
     near = ndimage.maximum_filter(is_small, 1 + int(tall / 8))
-    least = max(8, tall / 3)  # dashes and dots are less tall
     digits = [
         (box, digit)
         for box, digit in find_pieces(dark, near)
-        if len(digit) >= least and digit.shape[1] < 4 * len(digit)
+        # Dots and dashes are less tall. What is four times as wide as tall is a line.
+        if len(digit) >= max(8, tall / 3, digit.shape[1] / 4)
     ]
     if not digits:
         raise ValueError(
@@ -231,7 +237,7 @@ def find_digits(dark: np.ndarray) -> list[Piece]:
         )
 
     # A digit continues the first line whose last digit is at about the same level. So
-    # lines may slant. If no two digits share a column, a line may jump up and down.
+    # lines may slant.
     sides = [(x.start, (y.start + y.stop) / 2) for (y, x), _ in digits]
     left, middle = np.transpose(sides)
     lines: list[list[int]] = []
@@ -276,9 +282,8 @@ def read_page(picture: Picture) -> tuple[Tensor, list[Box]]:
         digits = find_pieces(ink > 0.1, glue=True)  # a single digit
     else:
         ink = np.zeros_like(grey)
-        whole = np.s_[:, :], np.ones_like(grey, bool)
-        sheets = find_sheets(grey) or find_sheets(1 - grey) or [whole]
-        for box, sheet in sheets:
+        whole = np.s_[:, :], np.array(True)
+        for box, sheet in find_sheets(grey) or find_sheets(1 - grey) or [whole]:
             ink[box] += find_ink(grey[box]) * sheet
         digits = find_digits(ink > 0)
     images = [like_mnist(ink[box] * digit) for box, digit in digits]

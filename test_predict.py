@@ -241,6 +241,12 @@ def with_a_dark_corner(picture):
     return (np.asarray(picture) * (1 - shade**2)).astype(np.uint8)
 
 
+def under_a_lamp(picture):
+    """Most of the light falls on the middle."""
+    y, x = np.mgrid[-1:1:400j, -1:1:600j]
+    return (np.asarray(picture) * (1 - (x**2 + y**2) / 5)).astype(np.uint8)
+
+
 def in_grain(picture):
     """Written with a pale pencil."""
     noise = np.random.default_rng(0).normal(0, 40, (400, 600))
@@ -270,6 +276,7 @@ def with_dust(picture):
         partly_faint,
         with_signs,
         with_a_dark_corner,
+        under_a_lamp,
         in_grain,
         with_dust,
         cut_by_the_edge,
