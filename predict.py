@@ -160,11 +160,11 @@ def find_lines(dark: np.ndarray) -> np.ndarray:
 
 
 def erase_lines(ink: np.ndarray, threshold: float) -> np.ndarray:
-    """The ink without ruled lines, and without what encloses other ink: (H, W) bool.
+    """The ink above the threshold, without ruled lines and frames: (H, W) bool.
 
-    The other ink must be a tenth of the enclosing ink or more. Of a table or a row of
-    boxes only the lines are erased, because digits may touch them. What has no such
-    lines, like a circle, is erased as a whole.
+    A frame encloses other ink, a tenth of its own or more. Of a table or a row of boxes
+    only the lines are erased, because digits may touch them. What has no such lines,
+    like a circle, is erased as a whole.
     """
     dark = ink > threshold
     clean = dark.copy()

@@ -226,6 +226,11 @@ def with_signs(picture):
     return with_lines(picture, signs, width=10)
 
 
+def with_a_bar(picture):
+    """It is taller than a dash, but much wider than a digit."""
+    return with_lines(picture, [(300, 300, 580, 300)], width=50)
+
+
 def cut_by_the_edge(picture):
     """The last 7 has lost its lower end, and a stroke at the top its upper end."""
     return with_lines(picture.crop((0, 0, 600, 340)), [(500, 0, 500, 60)])
@@ -275,6 +280,7 @@ def with_dust(picture):
         on_a_large_sheet,
         partly_faint,
         with_signs,
+        with_a_bar,
         with_a_dark_corner,
         under_a_lamp,
         in_grain,
@@ -334,6 +340,14 @@ def test_thin_slanting_lines_are_erased_in_a_small_picture():
     assert not predict.erase_lines(picture, 0.5).any()
 
 
+def test_lines_as_faint_as_the_threshold_are_erased():
+    """Only 0.4 of their pixels are darker than it."""
+    picture = np.zeros((100, 300))
+    is_dark = np.random.default_rng(0).random((2, 300)) < 0.4
+    picture[[30, 60]] = np.where(is_dark, 0.6, 0.4)
+    assert not predict.erase_lines(picture, 0.5).any()
+
+
 def test_two_digits_that_almost_touch_look_as_if_each_were_alone():
     seven, one = [(40, 40), (160, 40), (110, 180)], [(92, 80), (92, 190)]
     both, _ = predict.read_page(with_lines(draw(seven), [one]))
@@ -348,6 +362,12 @@ def test_lines_may_slant():
         for i, strokes in enumerate((ONE, ONE, SEVEN, SEVEN))
     ]
     assert read(page_of((800, 900), *digits)) == [1, 1, 7, 7] * 2
+
+
+@pytest.mark.parametrize("down", [180, 390])
+def test_what_lies_below_is_the_next_line(down):
+    sevens = (SEVEN, (0, down)), (SEVEN, (400, down))
+    assert read(page_of((600, 600), (ONE, (200, 0)), *sevens)) == [1, 7, 7]
 
 
 def test_one_bad_picture_does_not_stop_the_others(tmp_path, monkeypatch):
